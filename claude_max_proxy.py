@@ -2470,8 +2470,8 @@ def run_checks(settings: Settings) -> int:
     finally:
         keeper.close()
     try:
-        Server(settings).server_close()
-        print(f"ok       port {settings.port} is free")
+        with socket.create_server((settings.host, settings.port)):
+            print(f"ok       port {settings.port} is free")
     except OSError as error:
         ok = False
         print(f"problem  {bind_problem(settings, error)}")

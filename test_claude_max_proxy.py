@@ -1,0 +1,1520 @@
+#!/usr/bin/env python3
+"""Tests of claude_max_proxy, its stand-in CLI, and its benchmark, in one file.
+
+    python3 test_claude_max_proxy.py            run the tests (brings its own pytest)
+    python3 test_claude_max_proxy.py -k tools   …some of them: pytest's arguments work
+    python3 claude_max_proxy.py --claude ./test_claude_max_proxy.py
+                                                try the server without a subscription
+
+Two doubles. The stand-in CLI is this file, executed as `claude`: it speaks the control
+protocol and answers as the last user text asks, in words of the form mock:KEY=VALUE (see
+`events`, `misbehave`); mock:show says back all that it was told. The small Messages API
+(`MessagesAPI`) is for the tests of the contract with the REAL CLI: they run when a real
+`claude` is on PATH, or when CLAUDE_CLIS names some (paths, separated like PATH).
+"""
+import json
+import os
+import re
+import signal
+import sys
+import time
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+# ── What a model would say ─────────────────────────────────────────────────────────
+
+
+def wishes(text):
+    """The mock: words of a text; a word without "=" is wished for with ""."""
+    return dict(re.findall(r"mock:(\w+)=?(\S*)", text))
+
+
+def events(wish, tools=(), model="claude-mock-1", prompt=(10, 0, 0)):
+    """Yield the Messages API's stream events as `wish` asks for them:
+
+    tokens=N  text deltas (5)      gap_ms=N  between them       delay_ms=N  before all
+    say=TEXT  the text ("~" is a space)      json=TEXT  pieces of a JSON string each
+    think=N  thinking deltas       stop=REASON                  notext=  no text
+    tool=NAME  a call, or several: A,B       input=JSON  its arguments
+    """
+    time.sleep(float(wish.get("delay_ms", 0)) / 1000)
+    fresh, read, written = prompt
+    usage = {"input_tokens": fresh, "cache_read_input_tokens": read}
+    usage.update(cache_creation_input_tokens=written, output_tokens=1)
+    message = {"id": f"msg_{time.time_ns()}", "type": "message", "role": "assistant"}
+    message.update(model=model, content=[], stop_reason=None, usage=usage)
+    yield {"type": "message_start", "message": message}
+    blocks = []
+    if "think" in wish:
+        thoughts = [f"thought{i} " for i in range(int(wish["think"]))]
+        blocks.append(({"type": "thinking", "thinking": "", "signature": ""}, thoughts))
+    calls = wish.get("tool", "").split(",") if wish.get("tool") else []
+    if "StructuredOutput" in tools and "tool" not in wish:
+        calls = ["StructuredOutput"]
+    elif "notext" not in wish:
+        words = [f"tok{i} " for i in range(int(wish.get("tokens", 5)))]
+        if "say" in wish:
+            words = [wish["say"].replace("~", " ")]
+        if "json" in wish:
+            words = json.loads(wish["json"])
+        blocks.append(({"type": "text", "text": ""}, words))
+    for i, name in enumerate(calls):
+        use = {"type": "tool_use", "id": f"toolu_{time.time_ns()}{i}", "name": name}
+        text = wish.get("input", '{"city":"Paris"}')
+        pieces = [] if text == "none" else [text[k : k + 7] for k in range(0, len(text), 7)]
+        blocks.append(({**use, "input": {}}, pieces))
+    count = 0
+    keys = {"text": "text", "thinking": "thinking", "tool_use": "partial_json"}
+    kinds = {"text": "text", "thinking": "thinking", "tool_use": "input_json"}
+    for index, (block, pieces) in enumerate(blocks):
+        yield {"type": "content_block_start", "index": index, "content_block": block}
+        deltas = [{"type": kinds[block["type"]] + "_delta", keys[block["type"]]: p} for p in pieces]
+        if block["type"] == "thinking":
+            deltas.append({"type": "signature_delta", "signature": "c2lnbmVk"})
+        for delta in deltas:
+            yield {"type": "content_block_delta", "index": index, "delta": delta}
+            count += 1
+            time.sleep(float(wish.get("gap_ms", 0)) / 1000)
+        yield {"type": "content_block_stop", "index": index}
+    stop = wish.get("stop") or ("tool_use" if calls else "end_turn")
+    delta = {"stop_reason": stop, "stop_sequence": None}
+    yield {"type": "message_delta", "delta": delta, "usage": {"output_tokens": count}}
+    yield {"type": "message_stop"}
+
+
+# ── The stand-in CLI ───────────────────────────────────────────────────────────────
+
+SHOWN_VARIABLES = re.compile("^(CLAUDE|ANTHROPIC|DISABLE|ENABLE|MAX_)")
+
+
+class StandIn:
+    """`claude -p` as the server drives it. Faults are wished for with mock: words."""
+
+    def __init__(self, argv):
+        env = {k: v for k, v in os.environ.items() if SHOWN_VARIABLES.match(k)}
+        self.told = {"argv": argv, "env": env, "cwd": os.getcwd(), "turns": []}
+        self.tools = []
+
+    def emit(self, line):
+        sys.stdout.write((line if isinstance(line, str) else json.dumps(line)) + "\n")
+        sys.stdout.flush()
+
+    def result(self, text="", error=False, status=None, turns=1):
+        line = {"type": "result", "subtype": "success", "is_error": error, "result": text}
+        self.emit({**line, "api_error_status": status, "num_turns": turns})
+
+    def run(self):
+        for raw in sys.stdin:
+            line = json.loads(raw)
+            kind = line["type"]
+            if kind == "control_request":
+                self.initialize(line)
+            elif kind in ("user", "assistant"):
+                self.told["turns"].append(line["message"])
+                self.told.setdefault("lines", []).append(
+                    {k: v for k, v in line.items() if k != "message"}
+                )
+                if kind == "user" and line.get("shouldQuery", True):
+                    self.answer(line["message"])
+                elif kind == "user":
+                    self.result(turns=0)
+
+    def initialize(self, line):
+        self.told["initialize"] = line["request"]
+        if line["request"].get("sdkMcpServers"):
+            params = {"protocolVersion": "2025-11-25", "capabilities": {}}
+            self.mcp("initialize", params)
+            self.mcp("notifications/initialized")
+            self.tools = self.mcp("tools/list")["tools"]
+            self.told["tools"] = self.tools
+        response = {"subtype": "success", "request_id": line["request_id"]}
+        self.emit({"type": "control_response", "response": {**response, "response": {}}})
+
+    def mcp(self, method, params=None):
+        message = {"jsonrpc": "2.0", "method": method, "params": params or {}}
+        if "/init" not in method:
+            message["id"] = 1
+        request = {"subtype": "mcp_message", "server_name": "c", "message": message}
+        self.emit({"type": "control_request", "request_id": "r1", "request": request})
+        if method != "tools/call":
+            reply = json.loads(sys.stdin.readline())
+            return reply["response"]["response"]["mcp_response"]["result"]
+
+    def answer(self, message):
+        content = message["content"]
+        text = " ".join(b.get("text", "") for b in content if b["type"] == "text")
+        for block in content:
+            if block["type"] == "tool_result":
+                text += " " + json.dumps(block.get("content"))
+        wish = wishes(text)
+        if not wish:
+            wish = {"json": json.dumps([w + " " for w in f"You said: {text}".split()])}
+        if "show" in wish:
+            wish["json"] = json.dumps([json.dumps(self.told)])
+        self.emit({"type": "system", "subtype": "init", "tools": []})
+        misbehave(self, wish)
+        names = [tool["name"] for tool in self.tools]
+        if "jsonSchema" in self.told["initialize"]:
+            names.append("StructuredOutput")
+        self.stream(wish, names)
+        while "stop" in wish:  # as the real one: it goes on by itself
+            self.stream({"say": "AFTER"}, names)
+            time.sleep(0.01)
+        self.result("done")
+
+    def stream(self, wish, names):
+        block, told, cut = {}, "", int(wish.get("cut") or 0)
+        model = self.told["argv"][self.told["argv"].index("--model") + 1]
+        for event in events(wish, names, f"claude-{model}-mock"):
+            if event["type"] == "content_block_start":
+                block, told = dict(event["content_block"]), ""
+            if event["type"] == "content_block_delta":
+                told += event["delta"].get("text", "")
+            if event["type"] == "content_block_stop":
+                said = {"content": [block], "model": model, "stop_reason": None}
+                self.emit({"type": "assistant", "message": said})
+                if block["type"] == "tool_use" and block["name"] in names:
+                    self.mcp("tools/call", {"name": block["name"]})
+            self.emit({"type": "stream_event", "event": event, "parent_tool_use_id": None})
+            if cut and told and event["type"] == "content_block_delta":
+                cut -= 1
+                if not cut:
+                    return self.again(wish)
+
+    def again(self, wish):
+        """The stream broke: tell the answer again, streamed or whole."""
+        wish = {k: v for k, v in wish.items() if k != "cut"}
+        if wish.pop("whole", None) is None:
+            if "else" in wish:
+                wish["say"] = wish["else"]
+            return self.stream(wish, [])
+        text = "".join(
+            e["delta"].get("text", "") for e in events(wish) if "delta" in e
+        )
+        usage = {"input_tokens": 10, "output_tokens": 5}
+        message = {"model": "claude-mock-1", "usage": usage, "stop_reason": "end_turn"}
+        message["content"] = [{"type": "text", "text": text}]
+        self.emit({"type": "assistant", "message": message})
+
+
+def misbehave(cli, wish):
+    """The faults. status=N / category=X: an API failure; retry=N: an api_retry line;
+    exit=N, hang, garbage, shape, empty: instead of an answer; line=N, stderr=N: N bytes
+    at once; stubborn: SIGTERM is ignored; child: so does a child process."""
+    if "stubborn" in wish:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if "child" in wish:
+        child = os.fork()
+        if not child:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(60)
+            os._exit(0)
+        wish["json"] = json.dumps([str(child)])
+    if "limit" in wish:
+        info = {"status": "rejected", "resetsAt": time.time() + int(wish["limit"])}
+        cli.emit({"type": "rate_limit_event", "rate_limit_info": info})
+    if "retry" in wish:
+        retry = {"type": "system", "subtype": "api_retry", "error": "rate_limit"}
+        retry.update(error_status=json.loads(wish["retry"]), retry_delay_ms=7100)
+        cli.emit(retry)
+        time.sleep(float(wish.get("pause", 60)))
+    if "status" in wish or "category" in wish:
+        category = wish.get("category", "unknown")
+        said = {"model": "<synthetic>", "content": [], "stop_reason": "stop_sequence"}
+        cli.emit({"type": "assistant", "error": category, "message": said})
+        status = json.loads(wish.get("status", "null"))
+        cli.result("API Error: mock failure", error=True, status=status)
+        sys.exit(1)
+    if "stderr" in wish:
+        sys.stderr.write("x" * int(wish["stderr"]))
+        sys.stderr.flush()
+    if "line" in wish:
+        cli.emit({"type": "system", "subtype": "x", "pad": "x" * int(wish["line"])})
+    if "garbage" in wish:
+        cli.emit("plain words\n\xff\xfe")
+        cli.emit('{"type": no json')
+    if "shape" in wish:
+        cli.emit({"type": "stream_event", "event": {"type": "message_start"}})
+    if "empty" in wish:
+        cli.result("a command")
+    if "exit" in wish:
+        sys.exit(int(wish["exit"]))
+    if "hang" in wish:
+        time.sleep(60)
+
+
+def stand_in(argv):
+    version = os.environ.get("STAND_IN_VERSION", "2.1.330")
+    if argv[0] == "--version":
+        return print(f"{version} (stand-in)")
+    if argv[0] == "auth":
+        login = os.environ.get("STAND_IN_LOGIN", "yes") == "yes"
+        print(json.dumps({"loggedIn": login}))
+        return sys.exit(not login)
+    return StandIn(argv).run()
+
+
+if __name__ == "__main__" and sys.argv[1:2] in (["-p"], ["--version"], ["auth"]):
+    stand_in(sys.argv[1:])
+    sys.exit()
+
+
+import atexit  # noqa: E402
+import contextlib  # noqa: E402
+import glob  # noqa: E402
+import hashlib  # noqa: E402
+import http.client  # noqa: E402
+import http.server  # noqa: E402
+import plistlib  # noqa: E402
+import shutil  # noqa: E402
+import socket  # noqa: E402
+import subprocess  # noqa: E402
+import tempfile  # noqa: E402
+import threading  # noqa: E402
+
+# ── The small Messages API ─────────────────────────────────────────────────────────
+
+
+def api_blocks(message):
+    content = message.get("content")
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def violations(body):
+    """Yield what the real API would answer 400 for."""
+    thinking = (body.get("thinking") or {}).get("type", "disabled")
+    choice = (body.get("tool_choice") or {}).get("type")
+    names = [tool["name"] for tool in body.get("tools") or []]
+    messages = [m for m in body["messages"] if m["role"] != "system"]
+    if thinking != "disabled" and choice in ("any", "tool"):
+        yield "Thinking may not be enabled when tool_choice forces tool use."
+    budget = (body.get("thinking") or {}).get("budget_tokens", 1024)
+    if budget < 1024 or budget >= body["max_tokens"] + (thinking != "enabled"):
+        yield f"thinking.budget_tokens: {budget} of {body['max_tokens']}"
+    if len(set(names)) != len(names):
+        yield "tools: Tool names must be unique."
+    for tool in body.get("tools") or []:
+        schema = tool["input_schema"]
+        if not re.fullmatch("[a-zA-Z0-9_-]{1,128}", tool["name"]):
+            yield f"tools.name: {tool['name']}"
+        if schema.get("type") != "object" or {"anyOf", "oneOf", "allOf"} & set(schema):
+            yield f"tools.input_schema: {schema}"
+    marked = [b for m in messages for b in api_blocks(m)] + list(body.get("system") or [])
+    if sum("cache_control" in block for block in marked) > 4:
+        yield "A maximum of 4 blocks with cache_control may be provided."
+    if not messages or messages[0]["role"] != "user":
+        yield "messages: first message must use the user role"
+    calls, looping = [], False
+    for i, message in enumerate(messages):
+        blocks = api_blocks(message)
+        results = [b["tool_use_id"] for b in blocks if b["type"] == "tool_result"]
+        if sorted(results) != sorted(calls):
+            yield f"messages.{i}: tool_result {results} for tool_use {calls}"
+        if any(b["type"] == "text" and not b["text"].strip() for b in blocks) or not blocks:
+            yield f"messages.{i}: text content blocks must be non-empty"
+        calls = [b["id"] for b in blocks if b["type"] == "tool_use"]
+        if not all(re.fullmatch("[a-zA-Z0-9_-]+", call) for call in calls):
+            yield f"messages.{i}: tool_use.id {calls}"
+        if message["role"] == "user":
+            looping = bool(results)
+        tail = messages[i + 1 :]
+        last_loop = calls and all(
+            any(b["type"] == "tool_result" for b in api_blocks(m))
+            for m in tail if m["role"] == "user"
+        )
+        if thinking == "enabled" and last_loop and "thinking" not in blocks[0]["type"]:
+            yield f"messages.{i}: Expected `thinking`, but found `{blocks[0]['type']}`"
+    if (calls or looping) and not names:
+        yield "Requests which include tool_use or tool_result blocks must define tools"
+
+
+class PromptCache:
+    """The API's rules: entries are written at cache_control marks; a read takes the
+    longest entry at a mark, or up to 20 blocks before one. Tokens of 4 characters."""
+
+    def __init__(self):
+        self.entries = set()
+
+    def account(self, body):
+        """-> (uncached, read, written) tokens."""
+        parts = [("tool", tool) for tool in body.get("tools") or []]
+        parts += [("system", block) for block in body.get("system") or []]
+        parts += [(m["role"], b) for m in body["messages"] for b in api_blocks(m)]
+        digest = hashlib.sha256(repr([body["model"], body.get("tool_choice")]).encode())
+        prefixes, sizes, marks, size = [], [], [], 0
+        for number, (role, block) in enumerate(parts):
+            if "cache_control" in block:
+                marks.append(number)
+            plain = {k: v for k, v in block.items() if k != "cache_control"}
+            text = json.dumps([role, plain], sort_keys=True)
+            size += max(1, len(text) // 4)
+            digest.update(text.encode())
+            prefixes.append(digest.hexdigest())
+            sizes.append(size)
+        near = {k for mark in marks for k in range(max(0, mark - 20), mark + 1)}
+        read = max([sizes[k] for k in near if prefixes[k] in self.entries], default=0)
+        written = max([sizes[mark] for mark in marks], default=0)
+        self.entries |= {prefixes[mark] for mark in marks}
+        return size - max(read, written), read, max(0, written - read)
+
+
+class APIHandler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def log_message(self, *args):
+        pass
+
+    def reply(self, status, body):
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self):
+        self.reply(200, {"data": []})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if "messages" not in body or "count_tokens" in self.path:
+            return self.reply(200, {"input_tokens": 7})
+        wrong = list(violations(body))
+        usage = self.server.cache.account(body)
+        self.server.log.append({"body": body, "wrong": wrong, "usage": usage})
+        users = [m for m in body["messages"] if m["role"] == "user"]
+        texts = [b["text"] for b in api_blocks(users[-1]) if b["type"] == "text"]
+        wish = wishes(" ".join(t for t in texts if not t.startswith("<system-reminder>")))
+        if wrong or "status" in wish:
+            status = 400 if wrong else int(wish["status"])
+            kinds = {401: "authentication_error", 429: "rate_limit_error"}
+            kind = kinds.get(status, "invalid_request_error")
+            error = {"type": kind, "message": str(wrong or "mock failure")}
+            return self.reply(status, {"type": "error", "error": error})
+        names = [tool["name"] for tool in body.get("tools") or []]
+        told = list(events(wish, names, body["model"], usage)) if "gap_ms" not in wish else events(wish, names, body["model"], usage)
+        if body.get("stream"):
+            with contextlib.suppress(OSError):
+                self.stream(told, int(wish.get("cut") or 0))
+            return
+        message = {**told[0]["message"], "stop_reason": told[-2]["delta"]["stop_reason"]}
+        said = [e["delta"].get("text", "") for e in told if "delta" in e]
+        message["content"] = [{"type": "text", "text": "".join(said)}]
+        self.reply(200, message)
+
+    def stream(self, told, cut):
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for event in told:
+            data = f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode()
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
+            if cut and event["type"] == "content_block_delta":
+                cut -= 1
+                if not cut:
+                    self.close_connection = True
+                    return
+        self.wfile.write(b"0\r\n\r\n")
+
+
+class MessagesAPI(http.server.ThreadingHTTPServer):
+    """A strict Messages API on loopback, for the real CLI."""
+
+    request_queue_size = 128
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), APIHandler)
+        self.log, self.cache = [], PromptCache()
+        self.thread = threading.Thread(target=self.serve_forever, args=(0.02,))
+        self.thread.start()
+
+    def close(self):
+        self.shutdown()
+        self.thread.join()
+        self.server_close()
+
+    def environment(self, home):
+        """With which a CLI asks this API, and nobody else."""
+        return {
+            "HOME": str(home),
+            "ANTHROPIC_BASE_URL": f"http://127.0.0.1:{self.server_port}",
+            "CLAUDE_CODE_ASSUME_FIRST_PARTY_BASE_URL": "1",
+            "CLAUDE_CODE_OAUTH_TOKEN": "sk-ant-oat01-mock",
+            "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+            "DISABLE_TELEMETRY": "1",
+        }
+
+
+# ── Running the tests ──────────────────────────────────────────────────────────────
+
+
+def run_tests():
+    """With the pytest that is there, or one in a venv under the user's cache."""
+    try:
+        import pytest
+    except ImportError:
+        import venv
+
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        name = "venv-%d.%d" % sys.version_info[:2]
+        home = os.path.join(cache, "claude_max_proxy", name)
+        python = os.path.join(home, "bin", "python")
+        probe = [python, "-c", "import pytest"]
+        if not os.path.exists(python) or subprocess.run(probe, stderr=-3).returncode:
+            venv.create(home, with_pip=True, clear=True)
+            subprocess.check_call([python, "-m", "pip", "-q", "install", "pytest"])
+        os.execv(python, [python, *sys.argv])
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    options = ["-q", "-p", "no:cacheprovider", "--rootdir", HERE]
+    sys.exit(pytest.main([__file__, *options, *sys.argv[1:]]))
+
+
+if __name__ == "__main__":
+    sys.dont_write_bytecode = True
+    run_tests()
+
+
+import pytest  # noqa: E402
+
+sys.path.insert(0, HERE)
+import claude_max_proxy as proxy  # noqa: E402
+
+# ── Harness ────────────────────────────────────────────────────────────────────────
+
+
+def until(condition, seconds=10.0):
+    """Wait for a condition; its value."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.01)
+    raise AssertionError(f"not within {seconds} s: {condition}")
+
+
+class Result:
+    """A response: status, headers, json, and for a stream its chunks."""
+
+    def __init__(self, response):
+        self.status, self.headers = response.status, response.headers
+        self.raw = response.read()
+        self.text = self.raw.decode()
+        self.json, self.chunks, self.done = None, [], False
+        if "event-stream" in response.headers.get("Content-Type", ""):
+            lines = [line for line in self.text.split("\n\n") if line]
+            assert all(line.startswith("data: ") for line in lines), self.text
+            self.done = lines[-1] == "data: [DONE]"
+            self.chunks = [json.loads(x[6:]) for x in lines if x != "data: [DONE]"]
+        elif self.raw:
+            self.json = json.loads(self.raw)
+
+    @property
+    def error(self):
+        return (self.json or self.chunks[-1])["error"]
+
+    @property
+    def message(self):
+        """The first choice's message; of a stream, as the server would fold it."""
+        whole = self.json or proxy.fold(self.chunks)
+        return whole["choices"][0]["message"]
+
+    @property
+    def content(self):
+        return self.message["content"]
+
+    @property
+    def finish(self):
+        whole = self.json or proxy.fold(self.chunks)
+        return whole["choices"][0]["finish_reason"]
+
+
+def stand_in_path():
+    """The stand-in as a program that starts without the detours of PATH and site."""
+    path = os.path.join(tempfile.gettempdir(), f"claude-stand-in-{os.getpid()}")
+    if not os.path.exists(path):
+        with open(path, "w") as script:
+            script.write(f'#!/bin/sh\nexec {sys.executable} -S -E {__file__} "$@"\n')
+        os.chmod(path, 0o755)
+        atexit.register(os.unlink, path)
+    return path
+
+
+class Proxy:
+    """A server in this process, on a port of its own."""
+
+    def __init__(self, **settings):
+        settings = {"port": 0, "claude": stand_in_path(), **settings}
+        self.server = proxy.Server(proxy.Settings(**settings))
+        self.port = self.server.server_port
+        self.server.timeout = 0.02  # reap at once: tests wait for it
+        self.thread = threading.Thread(target=self.server.serve)
+        self.thread.start()
+
+    def close(self):
+        self.server.stopping = True
+        self.thread.join()
+        self.server.drain()
+
+    def request(self, method, path, body=None, headers=None, timeout=30):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        with contextlib.closing(connection):
+            connection.request(method, path, body, headers or {})
+            return Result(connection.getresponse())
+
+    def post(self, body, path="/v1/chat/completions", headers=None):
+        raw = body if isinstance(body, (bytes, str)) else json.dumps(body)
+        headers = {"Content-Type": "application/json", **(headers or {})}
+        return self.request("POST", path, raw, headers)
+
+    def chat(self, messages="hi", model="sonnet", **parameters):
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        return self.post({"model": model, "messages": messages, **parameters})
+
+    def told(self, messages, **parameters):
+        """What the stand-in CLI was told for these messages."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        last = {"role": "user", "content": [{"type": "text", "text": "mock:show"}]}
+        reply = self.chat([*messages, last], **parameters)
+        assert reply.status == 200, reply.text
+        return json.loads(reply.content)
+
+    def connect(self):
+        return socket.create_connection(("127.0.0.1", self.port), timeout=30)
+
+    def raw(self, data):
+        """Send bytes, read to the end of the connection -> bytes."""
+        with self.connect() as connection:
+            connection.sendall(data)
+            connection.shutdown(socket.SHUT_WR)
+            return b"".join(iter(lambda: connection.recv(65536), b""))
+
+    def quiet(self):
+        keeper = self.server.keeper
+        return not (self.server.gate.active or keeper.live or keeper.dying)
+
+
+@pytest.fixture(scope="module")
+def shared():
+    running = Proxy()
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def server(shared):
+    yield shared
+    until(shared.quiet)
+
+
+@pytest.fixture
+def make(monkeypatch):
+    """Start servers with settings of their own."""
+    running = []
+
+    def start(**settings):
+        running.append(Proxy(**settings))
+        return running[-1]
+
+    yield start
+    for one in running:
+        one.close()
+
+
+def children():
+    """Our child processes: pid -> command."""
+    out = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True)
+    rows = [line.split(None, 2) for line in out.stdout.splitlines()]
+    return {int(r[0]): r[2] for r in rows if r[1] == str(os.getpid()) and "ps -A" not in r[2]}
+
+
+@pytest.fixture(autouse=True)
+def logged(monkeypatch):
+    lines = []
+    monkeypatch.setattr(proxy, "log", lines.append)
+    return lines
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_left():
+    """At the end no child process, thread, or temporary directory more than before."""
+    before = set(threading.enumerate())
+    pattern = os.path.join(tempfile.gettempdir(), "claude-max-proxy-*")
+    homes = set(glob.glob(pattern))
+    yield
+    until(lambda: set(threading.enumerate()) <= before)
+    assert not children()
+    assert set(glob.glob(pattern)) <= homes
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def system(text):
+    return {"role": "system", "content": text}
+
+
+def ask_of(messages="hi", **parameters):
+    messages = [user(messages)] if isinstance(messages, str) else messages
+    return proxy.parse_request({"model": "sonnet", "messages": messages, **parameters}, {})
+
+
+def turns_of(*messages):
+    return [(t["role"], t["content"]) for t in ask_of(list(messages)).turns]
+
+
+def text_blocks(*texts):
+    return [{"type": "text", "text": text} for text in texts]
+
+
+def refused(messages="hi", **parameters):
+    """The error body of a request that parse_request() refuses."""
+    with pytest.raises(proxy.APIError) as caught:
+        ask_of(messages, **parameters)
+    return {"status": caught.value.status, **caught.value.body["error"]}
+
+
+# ── Endpoints ──────────────────────────────────────────────────────────────────────
+
+
+def test_completion(server):
+    reply = server.chat("mock:tokens=2")
+    assert reply.status == 200
+    body = reply.json
+    assert re.fullmatch("chatcmpl-[0-9a-f]{24}", body["id"])
+    assert body["object"] == "chat.completion" and abs(body["created"] - time.time()) < 60
+    assert body["model"] == "claude-sonnet-mock"
+    message = {"role": "assistant", "content": "tok0 tok1 ", "refusal": None}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
+    assert body["choices"] == [choice]
+    usage = {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12}
+    assert body["usage"] == {**usage, "prompt_tokens_details": {"cached_tokens": 0}}
+
+
+def test_stream(server):
+    reply = server.chat("mock:tokens=2", stream=True)
+    assert reply.status == 200 and reply.done
+    assert reply.headers["Content-Type"] == "text/event-stream"
+    assert len({(c["id"], c["created"], c["model"]) for c in reply.chunks}) == 1
+    choices = [c["choices"][0] for c in reply.chunks]
+    deltas = [choice["delta"] for choice in choices]
+    first = {"role": "assistant", "content": ""}
+    assert deltas == [first, {"content": "tok0 "}, {"content": "tok1 "}, {}]
+    assert [choice["finish_reason"] for choice in choices] == [None] * 3 + ["stop"]
+    assert all("usage" not in chunk for chunk in reply.chunks)
+
+
+def test_include_usage(server):
+    reply = server.chat("hi", stream=True, stream_options={"include_usage": True})
+    assert [c["usage"] for c in reply.chunks[:-1]] == [None] * (len(reply.chunks) - 1)
+    assert reply.chunks[-1]["choices"] == []
+    assert reply.chunks[-1]["usage"]["prompt_tokens"] == 10
+
+
+def test_streamed_tokens_leave_as_they_come(server):
+    with server.connect() as connection:
+        body = json.dumps({"model": "opus", "stream": True, "messages": [user("mock:tokens=2 mock:gap_ms=600000")]})
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall((head + body).encode())
+        seen = b""
+        while b"tok0" not in seen:  # the second comes in ten minutes
+            seen += connection.recv(65536)
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/models", "/v1/models/", "/models?x=1"])
+def test_models(server, path):
+    body = server.request("GET", path).json
+    assert body["object"] == "list"
+    assert [m["id"] for m in body["data"]] == list(proxy.MODELS)
+    assert {m["object"] for m in body["data"]} == {"model"}
+
+
+@pytest.mark.parametrize("name", ["claude-opus-4", "sonnet", "claude-opus-4-1", "openai/haiku"])
+def test_model(server, name):
+    assert server.request("GET", f"/v1/models/{name}").json["id"] == name
+
+
+def test_model_unknown(server):
+    reply = server.request("GET", "/v1/models/gpt-4")
+    assert reply.status == 404 and reply.error["code"] == "model_not_found"
+
+
+def test_health(server):
+    body = server.request("GET", "/health").json
+    assert body["status"] == "ok" and body["version"] == proxy.__version__
+    assert body["claude"]["version"] == "2.1.330" and body["claude"]["logged_in"] is True
+    assert body["active"] == 0 and body["uptime"] >= 0
+
+
+@pytest.mark.parametrize("path", ["/chat/completions", "/v1/chat/completions/", "/v1/chat/completions?api-version=1"])
+def test_paths_of_chat(server, path):
+    assert server.post({"model": "sonnet", "messages": [user("x")]}, path).status == 200
+
+
+def test_not_found_and_not_allowed(server):
+    reply = server.request("GET", "/v1/embeddings")
+    assert reply.status == 404 and "/v1/embeddings" in reply.error["message"]
+    reply = server.request("GET", "/v1/chat/completions")
+    assert reply.status == 405 and reply.headers["Allow"] == "POST, OPTIONS"
+    reply = server.request("DELETE", "/v1/models")
+    assert reply.status == 405 and "HEAD" in reply.headers["Allow"]
+    assert b"HTTP/1.1 501 " in server.raw(b"BREW / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+
+
+def test_head(server):
+    reply = server.request("HEAD", "/health")
+    assert reply.status == 200 and int(reply.headers["Content-Length"]) > 10
+    assert reply.raw == b""
+
+
+def test_keep_alive_serves_one_request_after_another(server):
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    with contextlib.closing(connection):
+        for stream in (False, True, False):
+            body = json.dumps({"model": "sonnet", "stream": stream, "messages": [user("x")]})
+            connection.request("POST", "/v1/chat/completions", body)
+            assert Result(connection.getresponse()).content == "You said: x "
+
+
+def test_http_1_0_gets_no_chunked_body(server):
+    body = json.dumps({"model": "sonnet", "stream": True, "messages": [user("x")]})
+    request = f"POST /v1/chat/completions HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+    with server.connect() as connection:
+        connection.sendall(request.encode())
+        reply = b"".join(iter(lambda: connection.recv(65536), b""))
+    head, _, rest = reply.partition(b"\r\n\r\n")
+    assert b"Transfer-Encoding" not in head and rest.startswith(b"data: {")
+    assert rest.endswith(b"data: [DONE]\n\n")
+
+
+# ── Models and parameters ──────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "name, cli",
+    [
+        ("claude-opus-4", "opus"),
+        ("claude-sonnet-4", "sonnet"),
+        ("haiku", "haiku"),
+        ("claude-opus-4-1-20250805", "claude-opus-4-1-20250805"),
+        ("claude-sonnet-4-5[1m]", "claude-sonnet-4-5[1m]"),
+        ("claude-max/claude-opus-4", "opus"),
+        ("a/b/sonnet", "sonnet"),
+    ],
+)
+def test_model_names(name, cli):
+    assert proxy.cli_model(name) == cli
+
+
+@pytest.mark.parametrize("name", ["gpt-4o", "", "-p", "claude-x y", "claude-\n", "claude-;ls", "--model", "x/", "claude-" + "x" * 200])
+def test_model_names_refused(name):
+    error = refused(model=name)
+    assert error["status"] == 404 and error["code"] == "model_not_found"
+    assert "claude-opus-4" in error["message"] and error["param"] == "model"
+
+
+WRONG = {str: 5, int: "5", float: "x", bool: "yes", list: {}, dict: []}
+RIGHT = {str: "auto", int: 1, float: 0.5, bool: False, list: [], dict: {}}
+
+
+@pytest.mark.parametrize("name", list(proxy.PARAMETERS))
+def test_each_parameter_has_its_types(name):
+    row = proxy.PARAMETERS[name]
+    assert row.why and row.use in (proxy.HONOURED, proxy.IGNORED, proxy.REFUSED)
+    wrong = next(value for kind, value in WRONG.items() if type(value) not in row.kinds)
+    error = refused(**{name: wrong}) if name != "messages" else refused(wrong)
+    assert (error["status"], error["param"]) == (400, name)
+    assert error["code"] == "invalid_type"
+
+
+@pytest.mark.parametrize("name", [n for n, p in proxy.PARAMETERS.items() if p.use == proxy.IGNORED])
+def test_ignored_parameters_change_nothing(name):
+    value = RIGHT[proxy.PARAMETERS[name].kinds[0]]
+    assert ask_of(**{name: value}) == ask_of() == ask_of(**{name: None}, unheard_of=1)
+
+
+REFUSED = {"logprobs": True, "top_logprobs": 2, "modalities": ["text", "audio"], "audio": {}}
+REFUSED.update(functions=[{}], function_call="auto", web_search_options={})
+
+
+@pytest.mark.parametrize("name", [n for n, p in proxy.PARAMETERS.items() if p.use == proxy.REFUSED])
+def test_refused_parameters(name):
+    error = refused(**{name: REFUSED[name]})
+    assert (error["status"], error["param"]) == (400, name)
+    assert error["code"] == "unsupported_parameter"
+    for value in proxy.PARAMETERS[name].harmless:
+        assert ask_of(**{name: value}) == ask_of()
+
+
+@pytest.mark.parametrize("name", ["model", "messages"])
+def test_required_parameters(name):
+    body = {"model": "sonnet", "messages": []}
+    del body[name]
+    with pytest.raises(proxy.APIError, match=f"Missing.*'{name}'"):
+        proxy.parse_request(body, {})
+
+
+@pytest.mark.parametrize("body", ["[]", "5", '"x"', "null", "{", "", "{'a':1}", '{"a":NaN}', "[" * 100000, '{"a":"\xff"}'.encode("latin-1")])
+def test_bodies_that_are_no_request(server, body):
+    reply = server.post(body)
+    assert reply.status == 400 and reply.error["type"] == "invalid_request_error"
+
+
+def test_max_tokens(server):
+    told = server.told("x", max_tokens=5000)
+    assert told["env"]["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] == "5000"
+    assert "CLAUDE_CODE_DISABLE_THINKING" not in told["env"]
+    told = server.told("x", max_completion_tokens=100, max_tokens=5000)
+    assert told["env"]["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] == "100"
+    assert told["env"]["CLAUDE_CODE_DISABLE_THINKING"] == "1"
+    assert refused(max_tokens=0)["param"] == "max_tokens"
+
+
+@pytest.mark.parametrize("effort, flag", [("minimal", "low"), ("low", "low"), ("max", "max")])
+def test_reasoning_effort(server, effort, flag):
+    argv = server.told("x", reasoning_effort=effort)["argv"]
+    assert argv[argv.index("--effort") + 1] == flag
+
+
+def test_reasoning_effort_none(server):
+    told = server.told("x", reasoning_effort="none")
+    assert told["env"]["CLAUDE_CODE_DISABLE_THINKING"] == "1"
+    assert "--effort" not in told["argv"]
+    assert refused(reasoning_effort="enormous")["param"] == "reasoning_effort"
+
+
+# ── Messages ───────────────────────────────────────────────────────────────────────
+
+
+def test_head_system_texts_are_the_system_prompt():
+    ask = ask_of([system("a"), {"role": "developer", "content": text_blocks("b")}, user("c")])
+    assert ask.setup.system == "a\n\nb" and len(ask.turns) == 1
+
+
+@pytest.mark.parametrize(
+    "messages, turns",
+    [
+        ([user("a"), assistant("b"), user("c")], [("user", ["a"]), ("assistant", ["b"]), ("user", ["c"])]),
+        ([user("a"), user("b")], [("user", ["a", "b"])]),
+        ([user("a"), assistant("b"), assistant("c"), user("d")], [("user", ["a"]), ("assistant", ["b", "c"]), ("user", ["d"])]),
+        ([user(text_blocks("a", "", " \n", "b"))], [("user", ["a", "b"])]),
+        ([user("a"), assistant(""), user("b")], [("user", ["a", "b"])]),
+        ([assistant("a"), user("b")], [("user", ["Begin."]), ("assistant", ["a"]), ("user", ["b"])]),
+        ([user("a"), assistant("b")], [("user", ["a"]), ("assistant", ["b"]), ("user", ["Continue."])]),
+        ([user("a"), system("be nice"), user("b")], [("user", ["a", "<system>\nbe nice\n</system>", "b"])]),
+        ([user(["a", "b"])], [("user", ["a", "b"])]),
+        ([system("a")], [("user", ["Begin."])]),
+        ([user("")], [("user", ["Begin."])]),
+        ([user("a"), {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}, user("b")], [("user", ["a"]), ("assistant", ["no"]), ("user", ["b"])]),
+    ],
+)
+def test_turns(messages, turns):
+    assert turns_of(*messages) == [(role, text_blocks(*texts)) for role, texts in turns]
+
+
+@pytest.mark.parametrize(
+    "message, param",
+    [
+        (5, "messages[0]"),
+        ({}, "messages[0].role"),
+        ({"role": "wizard"}, "messages[0].role"),
+        ({"role": "function", "name": "f", "content": "x"}, "messages[0].role"),
+        ({"role": "user", "content": 5}, "messages[0].content"),
+        ({"role": "user", "content": [5]}, "messages[0].content[0]"),
+        ({"role": "user", "content": [{}]}, "messages[0].content[0].type"),
+        ({"role": "user", "content": [{"type": "text"}]}, "messages[0].content[0].text"),
+        ({"role": "user", "content": [{"type": "input_audio"}]}, "messages[0].content[0]"),
+        ({"role": "system", "content": [{"type": "image_url"}]}, "messages[0].content[0]"),
+        ({"role": "assistant", "audio": {"id": "a"}}, "messages[0].audio"),
+        ({"role": "assistant", "tool_calls": 5}, "messages[0].tool_calls"),
+        ({"role": "assistant", "tool_calls": [5]}, "messages[0].tool_calls[0]"),
+        ({"role": "assistant", "tool_calls": [{"id": "a"}]}, "messages[0].tool_calls[0].function"),
+        ({"role": "tool", "content": "x"}, "messages[0].tool_call_id"),
+    ],
+)
+def test_messages_refused(message, param):
+    error = refused([message])
+    assert (error["status"], error["param"]) == (400, param)
+
+
+def test_history_reaches_the_cli_turn_for_turn(server):
+    told = server.told([system("s"), user("a"), assistant("b"), user("c"), assistant("d")])
+    assert told["initialize"]["systemPrompt"] == ["s"]
+    assert [(t["role"], t["content"]) for t in told["turns"][:-1]] == [
+        ("user", text_blocks("a")),
+        ("assistant", text_blocks("b")),
+        ("user", text_blocks("c")),
+        ("assistant", text_blocks("d")),
+    ]
+    assert [line.get("shouldQuery") for line in told["lines"]] == [False, None, False, None, None]
+    ids = [t["id"] for t in told["turns"] if t["role"] == "assistant"]
+    assert len(set(ids)) == 2
+    marked = told["turns"][-1]["content"][-1]
+    assert marked == {"type": "text", "text": "mock:show", "cache_control": proxy.CACHE_MARK}
+
+
+def test_nothing_of_a_request_is_in_argv(server):
+    told = server.told([system("SECRET"), user("SECRET"), assistant("SECRET")], user="SECRET")
+    assert "SECRET" not in json.dumps([told["argv"], told["env"]])
+    assert told["argv"][:3] == ["-p", "--input-format", "stream-json"]
+
+
+def test_the_environment_is_closed(make, monkeypatch):
+    for name in (*proxy.WITHHELD, *proxy.OWN_VARIABLES):
+        monkeypatch.setenv(name, "LEAK")
+    monkeypatch.setenv("CLAUDE_CODE_OAUTH_TOKEN", "kept")
+    told = make().told("x")
+    assert "LEAK" not in told["env"].values()
+    assert told["env"]["CLAUDE_CODE_OAUTH_TOKEN"] == "kept"
+    assert told["env"]["CLAUDE_CODE_DISABLE_ATTACHMENTS"] == "1"
+
+
+def test_the_working_directory_is_empty_and_private(make):
+    one = make()
+    cwd = one.told("x")["cwd"]
+    assert os.listdir(cwd) == [] and os.stat(cwd).st_mode & 0o777 == 0o700
+    one.close()
+    assert not os.path.exists(cwd)
+    one.close = lambda: None
+
+
+@pytest.mark.parametrize(
+    "text, old, new",
+    [
+        ("/clear", ["/", "clear"], ["/clear"]),
+        ("//a", ["//", "a"], ["//a"]),
+        ("/", ["\n/"], ["/"]),
+        ("a/b", ["a/b"], ["a/b"]),
+        ("@/etc/passwd", ["@/etc/passwd"], ["@/etc/passwd"]),
+    ],
+)
+def test_typed_commands_are_text(text, old, new):
+    content = text_blocks("first", text)
+    assert proxy.as_written(content, (2, 1, 197)) == text_blocks("first", *old)
+    assert proxy.as_written(content, (2, 1, 330)) == text_blocks("first", *new)
+    assert proxy.turn_line({"role": "user", "content": content}, 0, (2, 1, 330))["client_composed"]
+
+
+def test_long_prompts(server):
+    told = server.told([system("s" * 300000), user("u" * 1000000), assistant("ok")])
+    assert len(told["initialize"]["systemPrompt"][0]) == 300000
+    assert len(told["turns"][0]["content"][0]["text"]) == 1000000
+
+
+def test_unicode(server):
+    text = "emoji 😀 nul \x00 crlf \r\n sep \u2028 end"
+    told = server.told([user(text), assistant("ok")])
+    assert told["turns"][0]["content"][0]["text"] == text
+    body = r'{"model":"opus","messages":[{"role":"user","content":"a\ud800b \ud83d\ude00"}]}'
+    assert server.post(body).content == "You said: a\ufffdb 😀 "
+
+
+# ── Answers ────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("reason, finish", [*proxy.FINISH_REASONS.items(), ("new_reason", "stop")])
+@pytest.mark.parametrize("stream", [False, True])
+def test_finish_reasons(server, reason, finish, stream):
+    if reason == "tool_use":
+        return
+    reply = server.chat(f"mock:stop={reason} mock:tokens=1", stream=stream)
+    assert reply.finish == finish
+    assert reply.content == "tok0 "  # and nothing of what the CLI does afterwards
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_reasoning(server, stream):
+    reply = server.chat("mock:think=2 mock:tokens=1", stream=stream)
+    assert reply.message["reasoning_content"] == "thought0 thought1 "
+    assert reply.content == "tok0 "
+
+
+@pytest.mark.parametrize("wish", ["mock:cut=2", "mock:cut=2 mock:whole", "mock:cut=5"])
+def test_a_broken_stream_is_completed(server, wish):
+    reply = server.chat(f"{wish} mock:tokens=6", stream=True)
+    assert reply.content == "".join(f"tok{i} " for i in range(6)) and reply.done
+
+
+def test_a_broken_stream_that_goes_on_otherwise_is_an_error(server):
+    reply = server.chat("mock:cut=2 mock:else=Other", stream=True)
+    assert reply.error["code"] == "stream_interrupted" and not reply.done
+
+
+def test_large_answers_are_the_same_streamed_and_not(server):
+    for wish in ("mock:say=" + "x" * 5000000, "mock:tokens=10000"):
+        one, other = server.chat(wish), server.chat(wish, stream=True)
+        assert one.content == other.content and len(one.content) > 50000
+
+
+def test_a_split_emoji_is_joined(server):
+    wish = "mock:json=" + json.dumps(["a\ud83d", "\ude00b", "\ud83d"]).replace(" ", "")
+    reply = server.chat(wish, stream=True)
+    deltas = [c["choices"][0]["delta"].get("content") for c in reply.chunks]
+    assert deltas == ["", "a", "😀b", "\ud83d", None]
+    assert server.chat(wish).content == reply.content
+
+
+def test_usage_counts_what_was_cached():
+    usage = {"input_tokens": 1, "cache_read_input_tokens": 20, "output_tokens": 5}
+    usage.update(cache_creation_input_tokens=300, output_tokens_details={"thinking_tokens": 4})
+    assert proxy.openai_usage([usage, {"input_tokens": 1000, "output_tokens": None}]) == {
+        "prompt_tokens": 1321,
+        "completion_tokens": 5,
+        "total_tokens": 1326,
+        "prompt_tokens_details": {"cached_tokens": 20},
+        "completion_tokens_details": {"reasoning_tokens": 4},
+    }
+
+
+# ── Failures ───────────────────────────────────────────────────────────────────────
+
+STATUSES = [(400, 400), (401, 401), (403, 403), (404, 404), (413, 413), (429, 429)]
+STATUSES += [(500, 502), (503, 503), (504, 504), (529, 503), (418, 502)]
+
+
+@pytest.mark.parametrize("api, ours", STATUSES)
+@pytest.mark.parametrize("stream", [False, True])
+def test_failures_have_their_status(server, api, ours, stream):
+    reply = server.chat(f"mock:status={api}", stream=stream)
+    assert reply.status == ours
+    assert set(reply.error) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    "wish, status, code",
+    [
+        ("mock:category=authentication_failed", 401, "not_logged_in"),
+        ("mock:category=billing_error", 429, "insufficient_quota"),
+        ("mock:category=model_not_found", 404, "model_not_found"),
+        ("mock:category=overloaded", 503, "overloaded"),
+        ("mock:category=news", 502, "upstream_error"),
+        ("mock:retry=401", 401, "not_logged_in"),
+        ("mock:retry=429", 429, "rate_limit_exceeded"),
+        ("mock:exit=3", 502, "cli_died"),
+        ("mock:exit=0", 502, "cli_died"),
+        ("mock:garbage", 502, None),
+        ("mock:shape", 502, None),
+        ("mock:empty", 502, None),
+    ],
+)
+def test_other_failures(server, wish, status, code):
+    reply = server.chat(wish, stream=True)
+    assert (reply.status, reply.error["code"]) == (status, code)
+
+
+def test_login_cure(server):
+    assert "claude auth login" in server.chat("mock:status=401").error["message"]
+
+
+def test_retry_after(server):
+    assert server.chat("mock:retry=429").headers["Retry-After"] == "8"
+    reply = server.chat("mock:limit=300 mock:status=429")
+    assert 290 <= int(reply.headers["Retry-After"]) <= 301
+    assert "Retry-After" not in server.chat("mock:status=429").headers
+
+
+def test_the_apis_own_troubles_are_waited_for(server):
+    assert server.chat("mock:retry=529 mock:pause=0").status == 200
+    assert server.chat("mock:retry=null mock:pause=0").status == 200
+
+
+def test_an_error_in_a_stream_that_has_begun(server):
+    wish = "mock:cut=1 mock:else=Other"
+    reply = server.chat(wish, stream=True)
+    assert reply.status == 200 and "error" in reply.chunks[-1] and not reply.done
+    assert all(not c["choices"][0]["finish_reason"] for c in reply.chunks[:-1])
+
+
+def test_silence_is_504(make):
+    one = make(timeout=0.3)
+    assert one.chat("mock:hang").status == 504
+    reply = one.chat("mock:tokens=2 mock:gap_ms=60000", stream=True)
+    assert reply.status == 200 and reply.error["code"] == "timeout"
+
+
+def test_a_silent_stream_is_kept_alive(server, monkeypatch):
+    monkeypatch.setattr(proxy, "ALIVE_SECONDS", 0.2)
+    reply = server.chat("mock:delay_ms=1500 mock:tokens=1", stream=True)
+    choices = [c["choices"][0]["delta"] for c in reply.chunks]
+    assert choices[0] == {"content": ""} and len(choices) > 3
+    assert [c for c in choices if "role" in c] == [{"role": "assistant", "content": ""}]
+    assert reply.content == "tok0 "
+
+
+@pytest.mark.parametrize("wish", ["mock:line=5000000", "mock:stderr=2000000"])
+def test_much_noise_is_no_fault(server, wish):
+    assert server.chat(wish).content == "tok0 tok1 tok2 tok3 tok4 "
+
+
+# ── Processes ──────────────────────────────────────────────────────────────────────
+
+
+def send_request(server, text, stream):
+    """A request on a connection of its own, unread."""
+    connection = server.connect()
+    body = json.dumps({"model": "opus", "stream": stream, "messages": [user(text)]})
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+    return connection
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("wish", ["mock:hang", "mock:tokens=99 mock:gap_ms=60000"])
+def test_a_client_that_leaves_ends_its_cli(server, stream, wish):
+    connection = send_request(server, wish, stream)
+    claude = until(lambda: [c for c in server.server.keeper.live if c.process.pid])[0]
+    until(lambda: not claude.todo and not claude.outbox)
+    connection.close()
+    until(lambda: claude.process.poll() is not None, 1)
+
+
+def test_a_stubborn_cli_and_its_children_are_killed(server):
+    with send_request(server, "mock:stubborn mock:child mock:gap_ms=60000", True) as connection:
+        seen = b""
+        while not re.search(rb'content": "(\d+)"', seen):
+            seen += connection.recv(65536)
+        child = int(re.search(rb'content": "(\d+)"', seen)[1])
+    until(lambda: gone(child), 3)
+    until(server.quiet, 3)
+
+
+def gone(pid):
+    """Whether no such process runs (a zombie of someone else's counts as gone)."""
+    out = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
+    return out.stdout.strip()[:1] in ("", "Z")
+
+
+def test_requests_wait_in_order_when_all_places_are_taken(make):
+    one = make(max_concurrency=1)
+    first = send_request(one, "mock:gap_ms=60000", False)
+    until(lambda: one.server.gate.active == 1)
+    second = send_request(one, "second", False)
+    until(lambda: len(one.server.gate.queue) == 1)
+    third = send_request(one, "third", False)
+    until(lambda: len(one.server.gate.queue) == 2)
+    second.close()  # gives up its place
+    until(lambda: len(one.server.gate.queue) == 1)
+    first.close()
+    with third:
+        response = http.client.HTTPResponse(third)
+        response.begin()
+        assert "third" in Result(response).content
+
+
+def test_a_full_queue_is_429(make, monkeypatch):
+    monkeypatch.setattr(proxy, "QUEUE_PER_SLOT", 0)
+    reply = make().chat("hi")
+    assert reply.status == 429 and reply.headers["Retry-After"] == "5"
+    assert reply.error["code"] == "queue_full"
+
+
+# ── The CLI found or not ───────────────────────────────────────────────────────────
+
+
+def test_no_cli_and_then_there_is_one(make, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(proxy, "PLACES", ["~/.local/bin/claude"])
+    one = make(claude="")
+    reply = one.chat("hi")
+    assert reply.status == 503 and "npm install" in reply.error["message"]
+    assert one.request("GET", "/health").status == 503
+    home = tmp_path / ".local" / "bin"
+    home.mkdir(parents=True)
+    script = f'#!/bin/sh\nexec {sys.executable} {__file__} "$@"\n'
+    (home / "claude").write_text(script)
+    (home / "claude").chmod(0o755)
+    assert one.chat("hi").status == 200
+    assert one.request("GET", "/health").json["claude"]["path"] == str(home / "claude")
+
+
+def test_an_old_cli(make, monkeypatch):
+    monkeypatch.setenv("STAND_IN_VERSION", "2.1.86")
+    reply = make().chat("hi")
+    assert reply.status == 503 and "claude update" in reply.error["message"]
+
+
+def test_not_logged_in(make, monkeypatch):
+    monkeypatch.setenv("STAND_IN_LOGIN", "no")
+    reply = make().request("GET", "/health")
+    assert reply.status == 503 and "claude auth login" in reply.json["message"]
+
+
+def test_the_cli_is_looked_for_where_installers_put_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for version in ("v9.1.0", "v22.1.0", "v20.3.0"):
+        home = tmp_path / ".nvm" / "versions" / "node" / version / "bin"
+        home.mkdir(parents=True)
+        (home / "claude").write_text("#!/bin/sh\n")
+        (home / "claude").chmod(0o755)
+    monkeypatch.setattr(proxy, "PLACES", [p for p in proxy.PLACES if p.startswith("~")])
+    assert "v22.1.0" in proxy.find_claude("")
+
+
+# ── The command ────────────────────────────────────────────────────────────────────
+
+
+def command(*arguments, **env):
+    """Run the script -> CompletedProcess."""
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **env}
+    argv = [sys.executable, proxy.__file__, *arguments]
+    return subprocess.run(argv, capture_output=True, text=True, env=env, timeout=30)
+
+
+@contextlib.contextmanager
+def running(*arguments):
+    """The script as a process of its own -> (process, port)."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    argv = [sys.executable, proxy.__file__, "--port", str(port), "--claude", stand_in_path()]
+    process = subprocess.Popen([*argv, *arguments], stderr=subprocess.PIPE)
+    try:
+        until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+        yield process, port
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def test_version_names_the_file():
+    out = command("--version").stdout
+    assert re.fullmatch(r"claude_max_proxy \d+\.\d+\.\d+ \([0-9a-f]{12}\)\n", out)
+
+
+@pytest.mark.parametrize(
+    "arguments, env, message",
+    [
+        (["--port", "x"], {}, "--port"),
+        (["--port", "70000"], {}, "--port"),
+        (["--timeout", "-1"], {}, "--timeout"),
+        (["--nonsense"], {}, "--nonsense"),
+        (["--host", "0.0.0.0"], {}, "--api-key"),
+        ([], {"CLAUDE_MAX_PROXY_PORT": "many"}, "--port"),
+    ],
+)
+def test_bad_options_are_one_line_and_exit_2(arguments, env, message):
+    out = command(*arguments, **env)
+    assert out.returncode == 2 and message in out.stderr
+    assert len(out.stderr.splitlines()) == 1
+
+
+def test_options_from_the_environment(monkeypatch):
+    monkeypatch.setenv("CLAUDE_MAX_PROXY_PORT", "1234")
+    monkeypatch.setenv("CLAUDE_MAX_PROXY_VERBOSE", "1")
+    assert proxy.parse_arguments([])[0] == proxy.Settings(port=1234, verbose=True)
+    assert proxy.parse_arguments(["--port", "99"])[0].port == 99
+
+
+def test_a_port_in_use():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        out = command("--port", str(taken.getsockname()[1]))
+    assert out.returncode == 2 and "in use" in out.stderr
+    assert len(out.stderr.splitlines()) == 1
+
+
+def test_check():
+    out = command("--check", "--port", "0", "--claude", stand_in_path())
+    assert out.returncode == 0 and "2.1.330" in out.stdout and "logged in" in out.stdout
+    out = command("--check", "--port", "0", "--claude", stand_in_path(), STAND_IN_LOGIN="no")
+    assert out.returncode == 1 and "claude auth login" in out.stdout
+    out = command("--check", "--port", "0", "--claude", "/nowhere", ANTHROPIC_API_KEY="x")
+    assert out.returncode == 1 and "ANTHROPIC_API_KEY" in out.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_the_server_and_its_children(number):
+    with running() as (process, port):
+        class Here:
+            def connect(self):
+                return socket.create_connection(("127.0.0.1", port), timeout=30)
+
+        with send_request(Here(), "mock:child mock:gap_ms=60000", True) as connection:
+            seen = b""
+            while not re.search(rb'content": "(\d+)"', seen):
+                seen += connection.recv(65536)
+            child = int(re.search(rb'content": "(\d+)"', seen)[1])
+            process.send_signal(number)
+            assert process.wait(8) == 0
+            assert gone(child)
+
+
+def test_the_log_has_a_line_for_each_request_and_no_prompt():
+    with running() as (process, port):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        body = json.dumps({"model": "sonnet", "messages": [user("SECRET")]})
+        connection.request("POST", "/v1/chat/completions", body)
+        assert "SECRET" in Result(connection.getresponse()).content
+        connection.close()
+        process.terminate()
+        log = process.stderr.read().decode()
+    line = [line for line in log.splitlines() if "POST" in line][0]
+    assert "SECRET" not in log
+    assert re.match(
+        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d 200 POST /v1/chat/completions "
+        r"first=\d\.\d{3} model=claude-sonnet-mock in=10 cached=0 out=\d+ total=\d\.\d{3}$",
+        re.sub(r"model=\S+ (first=\S+)", r"\1 model=claude-sonnet-mock", line),
+    ), line
+
+
+# ── The contract with the real CLI ─────────────────────────────────────────────────
+
+
+def real_clis():
+    named = os.environ.get("CLAUDE_CLIS", "")
+    found = shutil.which("claude")
+    return [p for p in named.split(os.pathsep) if p] or ([found] if found else [])
+
+
+@pytest.fixture(scope="module", params=real_clis() or [None], ids=os.path.basename if real_clis() else None)
+def real(request, tmp_path_factory):
+    """The server with a real CLI that asks a MessagesAPI, in a home full of traps."""
+    if request.param is None:
+        pytest.skip("no real `claude` on PATH (and none named by CLAUDE_CLIS)")
+    home = tmp_path_factory.mktemp("home")
+    (home / ".claude").mkdir()
+    (home / ".claude" / "CLAUDE.md").write_text("TRAP: memory")
+    hook = {"type": "command", "command": "echo TRAP: hook"}
+    settings = {"hooks": {"UserPromptSubmit": [{"hooks": [hook]}]}, "model": "opus"}
+    (home / ".claude" / "settings.json").write_text(json.dumps(settings))
+    trap = {"mcpServers": {"trap": {"command": "echo", "args": ["TRAP: mcp"]}}}
+    (home / ".claude.json").write_text(json.dumps(trap))
+    (home / "trap.txt").write_text("TRAP: file")
+    api = MessagesAPI()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(proxy, "log", lambda text: None)
+        for name, value in api.environment(home).items():
+            patch.setenv(name, value)
+        one = Proxy(claude=request.param)
+        one.api, one.home = api, home
+        yield one
+        one.close()
+        api.close()
+
+
+def sent(real):
+    """The one request that reached the API since the last call."""
+    log, real.api.log[:] = real.api.log[:], []
+    assert len(log) == 1, [entry["wrong"] for entry in log]
+    assert not log[0]["wrong"]
+    assert "TRAP" not in json.dumps(log[0]["body"])
+    return log[0]["body"]
+
+
+def client_turns(body):
+    """The API request's turns without what the CLI adds: reminders and cache marks.
+    Neighbouring texts are joined: old CLIs get some in two pieces (as_written)."""
+    turns = []
+    for message in body["messages"]:
+        blocks = []
+        for block in [] if message["role"] == "system" else api_blocks(message):
+            block = {k: v for k, v in block.items() if k != "cache_control"}
+            text = block.get("text", "")
+            if text.startswith("<system-reminder>"):
+                continue
+            if text and blocks and blocks[-1]["type"] == "text":
+                blocks[-1]["text"] += text
+            else:
+                blocks.append(block)
+        if blocks:
+            turns.append((message["role"], blocks))
+    return turns
+
+
+def dialogue(*texts):
+    return [(assistant if i % 2 else user)(text) for i, text in enumerate(texts)]
+
+
+TYPED = ["@/etc/passwd", "/clear", "/compact now", "!ls", "# x", "@trap.txt", "//", "ultrathink"]
+CONVERSATIONS = {
+    "1 turn": dialogue("Hello!"),
+    "2 turns": dialogue("Hello!", "Hi.", "How are you?"),
+    "10 turns": dialogue(*(f"text {i}" for i in range(19))),
+    "60 turns": dialogue(*(f"text {i}" for i in range(119))),
+    "parts": [user(text_blocks("a", "b")), assistant(text_blocks("c", "d")), user(text_blocks("e", "f"))],
+    "system in the middle": [system("s"), *dialogue("a", "b"), system("be brief"), user("c")],
+    "long system": [system("s" * 300000), user("Hello!")],
+    "long text": dialogue("u" * 1000000, "ok", "v" * 1000000),
+    "unicode": dialogue("emoji 😀 é \x00 \u2028 \r\n end ", " ja\t", " 日本語\n"),
+    "lone surrogate": dialogue("a\ud800b"),
+    "typed, earlier": dialogue(*(t for text in TYPED for t in (text, "ok")), "end"),
+    **{f"typed, last: {text}": dialogue("first", "ok", text) for text in TYPED},
+    "begins with an assistant": [assistant("Hi."), user("Hello!")],
+}
+
+
+@pytest.mark.parametrize("name", list(CONVERSATIONS))
+def test_conversations_reach_the_api(real, name):
+    messages = CONVERSATIONS[name]
+    reply = real.chat(messages)
+    assert reply.status == 200, reply.text
+    assert reply.content == "tok0 tok1 tok2 tok3 tok4 "
+    body = sent(real)
+    raw = json.dumps({"model": "opus", "messages": messages}).encode()
+    ask = proxy.parse_request(proxy.parse_json(raw), {})
+    wanted = []
+    for turn in ask.turns:
+        texts = "".join(block["text"] for block in turn["content"])
+        wanted.append((turn["role"], texts))
+    got = [(role, "".join(b["text"] for b in blocks)) for role, blocks in client_turns(body)]
+    assert [(r, t.lstrip("\n")) for r, t in got] == [(r, t.lstrip("\n")) for r, t in wanted]
+    prompt = [block["text"] for block in body["system"]][-1]
+    assert not ask.setup.system or prompt == ask.setup.system
+
+
+def test_a_small_request_is_small(real):
+    real.chat("Hello!")
+    assert len(json.dumps(sent(real))) < 3000
+
+
+def test_cache_marks_have_one_lifetime(real):
+    real.chat([system("s"), *dialogue("a", "b", "c")])
+    marks = re.findall(r'"cache_control": ({[^}]*})', json.dumps(sent(real)))
+    assert 2 < len(marks) <= 4 and set(marks) == {'{"type": "ephemeral", "ttl": "1h"}'}
+
+
+def test_real_streams_and_failures(real):
+    reply = real.chat("mock:tokens=3", stream=True, stream_options={"include_usage": True})
+    assert reply.content == "tok0 tok1 tok2 " and reply.done
+    assert reply.chunks[-1]["usage"]["completion_tokens"] == 3
+    sent(real)
+    for status, ours in ((400, 400), (401, 401), (404, 404), (429, 429)):
+        assert real.chat(f"mock:status={status}", stream=True).status == ours
+    del real.api.log[:]
+
+
+@pytest.mark.parametrize("reason, finish", [("max_tokens", "length"), ("refusal", "content_filter")])
+def test_real_answers_end_with_the_first_message(real, reason, finish):
+    reply = real.chat(f"mock:stop={reason}", max_tokens=4000)
+    assert reply.finish == finish and reply.content == "tok0 tok1 tok2 tok3 tok4 "
+    until(real.quiet)
+    assert sent(real)["max_tokens"] == 4000
+
+
+def test_a_real_broken_stream_is_completed(real):
+    reply = real.chat("mock:tokens=6 mock:cut=3", stream=True)
+    assert reply.content == "tok0 tok1 tok2 tok3 tok4 tok5 " and reply.done
+    del real.api.log[:]
+
+
+def test_nothing_is_left_in_the_users_home(real):
+    real.chat("mock:stop=max_tokens")
+    real.chat("Hello!")
+    del real.api.log[:]
+    until(real.quiet)
+    left = [p for p in glob.glob(f"{real.home}/.claude/sessions/*")]
+    assert not left and not glob.glob(f"{real.home}/.claude/projects/*")
