@@ -9,27 +9,30 @@ It runs your logged-in Claude Code CLI (`claude -p`), one process for each answe
 speaks OpenAI's chat completions: streamed or not, tools, images, structured output.
 One file, the standard library only.
 
-The path of a request:
+The path of a request, and who runs where:
 
-    client ──HTTP──► Handler (a thread for each connection)
-                        │ guards, JSON → parse_request() → Ask          pure
+    client ──HTTP──► Handler                   a thread for each connection
+                        │ guard(), JSON → parse_request() → Ask            (pure)
                         │ Gate: at most --max-concurrency CLIs at once
                         ▼
-                     Claude (a process for each answer)
+                     Claude                    a process for each answer
                         │ stdin:  initialize, the history turn by turn, the last turn
                         │ stdout: Messages API events, a line of JSON each
                         ▼
-                     listen(): one selector for the pipes and the client's socket
-                        │ Answer: CLI lines → OpenAI deltas             pure
+                     listen()                  in the Handler's thread: one selector
+                        │                      for the pipes and the client's socket
+                        │ Answer: CLI lines → OpenAI deltas                (pure)
     client ◄──SSE/JSON──┘ each delta leaves as it comes; JSON is the fold of the chunks
 
-The main thread accepts connections and, twice a second, reaps processes that ended.
-No other threads. A client that leaves ends its CLI.
+    main thread: Server.serve() accepts connections; Keeper starts spare processes when
+                 an answer is out, tells them ahead what the next request will need,
+                 and reaps the ended ones. There are no other threads.
 
 Security: it listens on loopback; Host, Origin and Sec-Fetch-Site are checked, so no web
 page can spend your quota; nothing of a request reaches argv but a checked model id and
 effort level; the CLI runs without tools, settings, hooks, MCP servers and file mentions,
-in an empty private directory; prompts are never logged.
+in an empty private directory; prompts are never logged. A client that leaves ends its
+CLI, and so does the server when it ends.
 
 Sections: Limits · Errors · Settings · Request · CLI · Response · HTTP · Main
 
@@ -64,8 +67,8 @@ import tempfile
 import threading
 import time
 import urllib.parse
-from dataclasses import dataclass, field
-from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
+from dataclasses import dataclass, field, fields
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 __version__ = "1.0.0"
 
@@ -75,49 +78,44 @@ Json = Dict[str, Any]
 # Each with its unit and its reason.
 
 MAX_BODY = 32 << 20  # bytes; the Messages API refuses larger requests
-MAX_LINE = 64 << 20  # bytes; a CLI line without an end beyond this is nonsense
-HEADER_SECONDS = 30  # to send a request's headers and body, however slowly
+MAX_LINE = 64 << 20  # bytes; a CLI line that goes on beyond this is nonsense
+REQUEST_SECONDS = 30  # to send the headers, and again for the body, however slowly
 IDLE_SECONDS = 120  # a kept-alive connection without a request
+WRITE_SECONDS = 60  # for a client to take a write that does not fit its buffers
 ALIVE_SECONDS = 10  # of silence before a stream is started and kept alive
-TICK_SECONDS = 0.5  # how often ended processes are reaped and waiters look around
+TICK_SECONDS = 0.5  # how often the main thread, and a request that waits, look around
 TERM_SECONDS = 1.0  # from SIGTERM to SIGKILL
 DRAIN_SECONDS = 3.0  # that answers in flight get when the server stops
+SPARE_SECONDS = 600  # an unused spare process holds 155 MB
+PROBE_SECONDS = 20  # for `claude --version` and `claude auth status`
 QUEUE_PER_SLOT = 4  # waiting requests for each of --max-concurrency
 MAX_CHOICES = 8  # `n`: one CLI process each
 MAX_STOPS = 4  # OpenAI's limit for `stop`
+MAX_TOKENS = 10**9  # the CLI lowers it to what the model can do
 MIN_THINKING_TOKENS = 2048  # max_tokens below leave no room for a thought (API: 1024)
-MAX_DESCRIPTION = 2048  # characters; CLIs before 2.1.3 cut a tool description there
+MAX_DESCRIPTION = 2048  # characters; older CLIs cut a tool's description there
 MAX_THOUGHTS = 1000  # tool calls whose signed thinking is remembered
-OLDEST_CLI = (2, 1, 112)  # shouldQuery and systemPrompt over stdin (measured)
-TYPED_TEXT_CLI = (2, 1, 330)  # honours client_composed (measured; 2.1.197 does not)
+OLDEST_CLI = (2, 1, 112)  # takes shouldQuery and a late system prompt (measured)
+UNTYPED_TEXT_CLI = (2, 1, 330)  # honours client_composed (measured; 2.1.197 does not)
 
 
 # ── Errors ─────────────────────────────────────────────────────────────────────────
 # APIError may be raised at any depth; Handler.fail() alone renders it. To give another
-# status of the Messages API a face, add a row to FAILURES.
+# failure of the CLI a face, add a row to FAILURES or CATEGORIES.
 
 
 class APIError(Exception):
     """An answer in OpenAI's error shape: {"error": {message, type, param, code}}."""
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        type: str = "invalid_request_error",
-        code: Optional[str] = None,
-        param: Optional[str] = None,
-        retry_after: Optional[float] = None,
-        headers: Optional[Dict[str, str]] = None,
+        self, status: int, message: str, type: str = "invalid_request_error",
+        code: Optional[str] = None, param: Optional[str] = None, **headers: str,
     ):
         super().__init__(message)
         self.status = status
-        self.body = {
-            "error": {"message": message, "type": type, "param": param, "code": code}
-        }
-        self.headers = dict(headers or {})
-        if retry_after is not None:
-            self.headers["Retry-After"] = str(max(1, math.ceil(retry_after)))
+        error = {"message": message, "type": type, "param": param, "code": code}
+        self.body = {"error": error}
+        self.headers = {name.replace("_", "-"): text for name, text in headers.items()}
 
 
 class Disconnected(Exception):
@@ -125,18 +123,20 @@ class Disconnected(Exception):
 
 
 class Failure(NamedTuple):
-    """How a failure that the CLI reports looks to an OpenAI client."""
+    """How a failure that the CLI reports looks to an OpenAI client. `message` stands
+    instead of the CLI's own text where that speaks of its terminal."""
 
     status: int
     type: str
-    code: Optional[str]
-    message: str = ""  # instead of the CLI's own text, which speaks of its terminal
+    code: Optional[str] = None
+    message: str = ""
 
 
-LOGIN_CURE = "Claude Code is not logged in. Run `claude auth login` and try again."
+LOGIN_CURE = "Claude Code is not logged in. Run `claude auth login`, then try again."
+TOO_LONG = Failure(400, "invalid_request_error", "context_length_exceeded")
 
 FAILURES = {  # by `api_error_status` of the CLI's result line
-    400: Failure(400, "invalid_request_error", None),
+    400: Failure(400, "invalid_request_error"),
     401: Failure(401, "authentication_error", "not_logged_in", LOGIN_CURE),
     403: Failure(403, "permission_error", "permission_denied"),
     404: Failure(404, "invalid_request_error", "model_not_found"),
@@ -147,8 +147,9 @@ FAILURES = {  # by `api_error_status` of the CLI's result line
     504: Failure(504, "timeout_error", "upstream_timeout"),
     529: Failure(503, "overloaded_error", "overloaded"),
 }
-
-CATEGORIES = {  # by `error` of its assistant line, where the status is null
+CATEGORIES = {  # by its `terminal_reason`, and by `error` of its assistant line
+    "prompt_too_long": TOO_LONG,
+    "blocking_limit": TOO_LONG,
     "authentication_failed": FAILURES[401],
     "billing_error": Failure(429, "insufficient_quota", "insufficient_quota"),
     "invalid_request": FAILURES[400],
@@ -158,63 +159,67 @@ CATEGORIES = {  # by `error` of its assistant line, where the status is null
 }
 
 
-def failure(status: Any, category: Any, text: str, retry: Optional[float]) -> APIError:
-    """The APIError for what the CLI told of a failed request; 502 when unknown."""
-    found = FAILURES.get(status) or CATEGORIES.get(category) or FAILURES[500]
+def failure(status: Any, words: Tuple[Any, Any], text: str, wait: float) -> APIError:
+    """The APIError for what the CLI tells of a failed request: the API's status, its
+    terminal_reason and category, its text, and seconds until a limit ends (0: unknown).
+    502 for what is in no table."""
+    reason, category = words
+    found = CATEGORIES.get(reason) or FAILURES.get(status) or CATEGORIES.get(category)
+    found = found or FAILURES[500]
     message = found.message or text or "The Claude API answered with an error."
-    retry = retry if found.status == 429 else None
-    return APIError(found.status, message, found.type, found.code, retry_after=retry)
+    error = APIError(found.status, message, found.type, found.code)
+    if found.status == 429 and wait > 0:
+        error.headers["Retry-After"] = str(math.ceil(wait))
+    return error
+
+
+def bad(param: str, message: str, code: Optional[str] = None) -> APIError:
+    return APIError(400, message, code=code, param=param or None)
+
+
+def bad_gateway(message: str, code: Optional[str] = None) -> APIError:
+    return APIError(502, message, "api_error", code)
+
+
+def unavailable(message: str, code: str) -> APIError:
+    return APIError(503, message, "service_unavailable", code)
 
 
 # ── Settings ───────────────────────────────────────────────────────────────────────
-# To add an option, add a field to Settings and a row to OPTIONS: flag, environment
-# variable and help follow from it.
+# One table. To add an option, add a row: its flag, environment variable, default and
+# help follow from it.
+
+
+def option(default: Any, text: str, kind: Any = str) -> Any:
+    return field(default=default, metadata={"help": text, "kind": kind})
+
+
+def number(kind: type, least: float, most: float = math.inf) -> Any:
+    """An argparse type: a number from `least` to `most`."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not least <= value <= most or value == math.inf:
+            raise ValueError(text)
+        return value
+
+    parse.__name__ = "number"  # what argparse calls it in its complaint
+    return parse
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user chose. Seconds for times; `allow_origin` is comma-separated."""
-
-    host: str = "127.0.0.1"
-    port: int = 3456
-    api_key: str = ""
-    allow_origin: str = ""
-    claude: str = ""
-    max_concurrency: int = 8
-    timeout: float = 600.0
-    verbose: bool = False
-
-
-def positive(kind: type) -> Any:
-    """An argparse type: a number of `kind` above zero."""
-
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not 0 < value < math.inf:
-            raise ValueError(text)
-        return value
-
-    parse.__name__ = "positive " + kind.__name__
-    return parse
+    host: str = option("127.0.0.1", "address to listen on; beyond loopback needs a key")
+    port: int = option(3456, "port to listen on", number(int, 0, 65535))
+    api_key: str = option("", "demand this key from clients (as `Bearer KEY`)")
+    allow_origin: str = option("", "web origins that may ask, comma-separated")
+    claude: str = option("", "path of the Claude Code CLI, if it is not found by itself")
+    max_concurrency: int = option(8, "CLI processes at once", number(int, 1, 1000))
+    spares: int = option(2, "processes started ahead, 155 MB each", number(int, 0, 100))
+    timeout: float = option(600.0, "seconds of silence before 504", number(float, 0.01))
+    verbose: bool = option(False, "also log what a failed CLI wrote to stderr", bool)
 
 
-def port_number(text: str) -> int:
-    """An argparse type: a TCP port; 0 lets the system choose one."""
-    if not 0 <= int(text) <= 65535:
-        raise ValueError(text)
-    return int(text)
-
-
-OPTIONS = {
-    "host": (str, "address to listen on; other than loopback needs --api-key"),
-    "port": (port_number, "port to listen on"),
-    "api_key": (str, "demand this key from clients (Authorization: Bearer KEY)"),
-    "allow_origin": (str, "web origins that may ask, comma-separated"),
-    "claude": (str, "path of the Claude Code CLI (default: looked for)"),
-    "max_concurrency": (positive(int), "CLI processes at once; more requests wait"),
-    "timeout": (positive(float), "seconds of silence from the CLI before 504"),
-    "verbose": (bool, "also log what the CLI writes to stderr (never prompts)"),
-}
 ENVIRONMENT = "CLAUDE_MAX_PROXY_"
 
 
@@ -236,30 +241,28 @@ def parse_arguments(argv: List[str]) -> Tuple[Settings, bool]:
     parser = Parser(
         prog="claude_max_proxy.py",
         description="OpenAI-compatible server for your Claude subscription.",
-        epilog=f"Each option can also be set as {ENVIRONMENT}NAME, e.g. "
-        f"{ENVIRONMENT}API_KEY (better than a flag: `ps` shows flags to everyone).",
+        epilog=f"Each option can also be set as {ENVIRONMENT}NAME, such as {ENVIRONMENT}"
+        "API_KEY: better than the flag, which `ps` shows to everyone.",
     )
     parser.add_argument("--version", action="version", version=own_version())
     parser.add_argument("--check", action="store_true", help="say what works, and exit")
-    for name, (kind, text) in OPTIONS.items():
-        flag = "--" + name.replace("_", "-")
-        set_by = os.environ.get(ENVIRONMENT + name.upper())
-        default = getattr(Settings, name)
-        if kind is bool:
-            default = (set_by or "") not in ("", "0", "false")
-            parser.add_argument(flag, action="store_true", default=default, help=text)
+    for row in fields(Settings):
+        flag, text = "--" + row.name.replace("_", "-"), row.metadata["help"]
+        given = os.environ.get(ENVIRONMENT + row.name.upper())
+        if row.metadata["kind"] is bool:
+            on = given not in (None, "", "0", "false")
+            parser.add_argument(flag, action="store_true", default=on, help=text)
             continue
-        shown = f"{text} (default: {default})" if default else text
-        value = str(default) if set_by is None else set_by  # argparse converts strings
-        parser.add_argument(
-            flag, type=kind, default=value, metavar=name.upper(), help=shown
-        )
+        default = str(row.default) if given is None else given  # a string is converted
+        shown = f"{text} (default: {row.default})" if row.default else text
+        kind, name = row.metadata["kind"], row.name.upper()
+        parser.add_argument(flag, type=kind, default=default, metavar=name, help=shown)
     chosen = vars(parser.parse_args(argv))
-    check = chosen.pop("check")
+    check_only = chosen.pop("check")
     settings = Settings(**chosen)
     if not is_loopback(settings.host) and not settings.api_key:
         parser.error(f"--host {settings.host} is open to others: give --api-key, too")
-    return settings, check
+    return settings, check_only
 
 
 def is_loopback(host: str) -> bool:
@@ -273,7 +276,8 @@ def is_loopback(host: str) -> bool:
 
 # ── Request ────────────────────────────────────────────────────────────────────────
 # OpenAI's JSON -> what to ask of the CLI. Pure: no sockets, processes or clock. To
-# support a new parameter, add a row to PARAMETERS and read it in parse_request().
+# support a new parameter, add a row to PARAMETERS and read it in parse_request(); a new
+# kind of content is a row in PARTS.
 
 MODELS = {  # our id -> the CLI's alias for the newest model of the family
     "claude-opus-4": "opus",
@@ -281,34 +285,21 @@ MODELS = {  # our id -> the CLI's alias for the newest model of the family
     "claude-haiku-4": "haiku",
 }
 MODEL_ID = re.compile(r"claude-[A-Za-z0-9.:_\[\]-]{1,120}")
-# Models whose thinking has a budget: in a tool loop they need their signed thinking
+# Models whose thinking has a budget: in a tool loop the API wants their signed thinking
 # block back (Messages API, "Preserving thinking blocks").
 BUDGET_MODEL = re.compile(r"haiku|claude-3|-4-[0-5](-|$)|-4-20\d{6}")
-EFFORTS = {
-    "none": "",
-    "minimal": "low",
-    "low": "low",
-    "medium": "medium",
-    "high": "high",
-    "xhigh": "xhigh",
-    "max": "max",
-}
+EFFORTS = {"none": "", "minimal": "low"}  # OpenAI's words for the CLI's --effort
+EFFORTS.update((word, word) for word in ("low", "medium", "high", "xhigh", "max"))
 
 HONOURED, IGNORED, REFUSED = "honoured", "ignored", "refused"
 KINDS = {
-    str: "a string",
-    int: "an integer",
-    float: "a number",
-    bool: "a boolean",
-    list: "an array",
-    dict: "an object",
-    type(None): "null",
-}
+    str: "a string", int: "an integer", float: "a number", bool: "a boolean",
+    list: "an array", dict: "an object", type(None): "null",
+}  # fmt: skip
 
 
 class Parameter(NamedTuple):
-    """`kinds`: the JSON types it may have; `harmless`: values of a refused one that
-    ask for nothing."""
+    """`harmless`: values of a refused parameter that ask for nothing."""
 
     kinds: Tuple[type, ...]
     use: str
@@ -318,16 +309,16 @@ class Parameter(NamedTuple):
 
 NO_KNOB = "Claude Code has no such knob"
 PARAMETERS = {
-    "model": Parameter((str,), HONOURED, "see /v1/models"),
-    "messages": Parameter((list,), HONOURED, "turn for turn, in native roles"),
+    "model": Parameter((str,), HONOURED, "see Models"),
+    "messages": Parameter((list,), HONOURED, "turn for turn, in their native roles"),
     "stream": Parameter((bool,), HONOURED, "server-sent events"),
     "stream_options": Parameter((dict,), HONOURED, "include_usage"),
     "max_tokens": Parameter((int,), HONOURED, "at least 1"),
     "max_completion_tokens": Parameter((int,), HONOURED, "wins over max_tokens"),
-    "stop": Parameter((str, list), HONOURED, "1 to 4 strings, cut by this server"),
+    "stop": Parameter((str, list), HONOURED, "1 to 4 strings; the CLI ends at the match"),
     "n": Parameter((int,), HONOURED, "1 to 8, one CLI process each"),
     "tools": Parameter((list,), HONOURED, "functions; the client runs them"),
-    "tool_choice": Parameter((str, dict), HONOURED, "none, auto, required, a function"),
+    "tool_choice": Parameter((str, dict), HONOURED, "none, auto, required or a function"),
     "parallel_tool_calls": Parameter((bool,), HONOURED, "false: one call at a time"),
     "response_format": Parameter((dict,), HONOURED, "text, json_object, json_schema"),
     "reasoning_effort": Parameter((str,), HONOURED, "none to max"),
@@ -342,36 +333,37 @@ PARAMETERS = {
     "store": Parameter((bool,), IGNORED, "nothing is stored"),
     "logprobs": Parameter((bool,), REFUSED, "Claude gives none", (False,)),
     "top_logprobs": Parameter((int,), REFUSED, "Claude gives none", (0,)),
-    "modalities": Parameter((list,), REFUSED, "text is all there is", (["text"],)),
-    "audio": Parameter((dict,), REFUSED, "text is all there is"),
+    "modalities": Parameter((list,), REFUSED, "answers are text", (["text"],)),
+    "audio": Parameter((dict,), REFUSED, "answers are text"),
     "functions": Parameter((list,), REFUSED, "use tools", ([],)),
     "function_call": Parameter((str, dict), REFUSED, "use tool_choice", ("none",)),
-    "web_search_options": Parameter((dict,), REFUSED, "no web search here"),
+    "web_search_options": Parameter((dict,), REFUSED, "there is no web search here"),
 }
 
 
 class Spawn(NamedTuple):
-    """What a CLI process can only be told at its start."""
+    """What a CLI process can only be told at its start. `tool_choice` is the Messages
+    API's, as JSON; "" and 0 leave the CLI its default."""
 
     model: str
     effort: str = ""
     thinking: bool = True
     max_tokens: int = 0
-    tool_choice: str = ""  # JSON of the Messages API's tool_choice
+    tool_choice: str = ""
 
 
 class Setup(NamedTuple):
-    """What its `initialize` tells; a second one does not replace the first."""
+    """What `initialize` tells it; a second one would not replace the first."""
 
     system: str = ""
-    tools: Tuple[Json, ...] = ()  # as MCP's tools/list answers
-    schema: Optional[Json] = None
+    tools: Tuple[Json, ...] = ()  # as MCP lists them
+    schema: Optional[Json] = None  # of the structured output
 
 
 @dataclass(frozen=True)
 class Ask:
-    """All that one request asks: `turns` as Messages API messages, the last a user's;
-    `names`: tool name at the API -> the client's."""
+    """All that one request asks. `turns` are Messages API messages, the last one a
+    user's; `names` gives the client's name for a tool's name at the API."""
 
     requested: str
     spawn: Spawn
@@ -384,172 +376,134 @@ class Ask:
     n: int = 1
 
 
-def bad(param: str, message: str, code: Optional[str] = None) -> APIError:
-    return APIError(400, message, code=code, param=param)
-
-
 def check(value: Any, kinds: Tuple[type, ...], param: str) -> Any:
-    """`value`, or a 400 naming `param` if it has none of the JSON types `kinds`."""
+    """`value`, or a 400 that names `param` if it has none of the JSON types `kinds`."""
     if type(value) in kinds:
         return value
-    wanted = " or ".join(KINDS[kind] for kind in kinds)
-    message = f"Invalid type for '{param}': expected {wanted}, but got {KINDS[type(value)]}."
+    wanted, got = " or ".join(KINDS[kind] for kind in kinds), KINDS[type(value)]
+    message = f"Invalid type for '{param}': expected {wanted}, but got {got} instead."
     raise bad(param, message, "invalid_type")
 
 
-def get(holder: Json, key: str, kinds: Tuple[type, ...], where: str) -> Any:
-    """holder[key], checked; an absent one is None."""
-    value = holder.get(key)
-    return value if value is None else check(value, kinds, f"{where}.{key}")
+def want(holder: Json, key: str, kinds: Tuple[type, ...], where: str) -> Any:
+    """holder[key], checked."""
+    return check(holder.get(key), kinds, f"{where}.{key}")
+
+
+def may(holder: Json, key: str, kinds: Tuple[type, ...], where: str) -> Any:
+    """holder[key], checked; None where it is null or absent."""
+    return None if holder.get(key) is None else want(holder, key, kinds, where)
 
 
 def parse_request(body: Any, thoughts: Dict[str, List[Json]]) -> Ask:
-    """A chat completion request -> an Ask. `thoughts`: tool call id -> the signed
+    """A chat completion request -> Ask. `thoughts`: id of a tool call -> the signed
     thinking blocks before it. Raises APIError 400 or 404."""
-    if not isinstance(body, dict):
-        raise bad("", "The request body must be a JSON object.")
-    check_parameters(body)
-    if "model" not in body or "messages" not in body:
-        missing = "messages" if "model" in body else "model"
-        raise bad(missing, f"Missing required parameter: '{missing}'.")
-    model = cli_model(body["model"])
-    tools, names = parse_tools(body.get("tools") or [])
+    body = parse_parameters(body)
+    tools, names = parse_tools(body.get("tools", []))
     script = Transcript(thoughts)
     for i, message in enumerate(body["messages"]):
         script.add(message, f"messages[{i}]")
     script.finish()
-    schema = parse_format(body.get("response_format"))
-    choice = parse_choice(body, names)
+    choice, schema = parse_choice(body, names), parse_format(body)
     if script.called and not tools:  # the API wants every called tool defined
         tools = [mcp_tool(name, "", {}) for name in sorted(script.called)]
         choice = {"type": "none"}
-    forced = choice.get("type") in ("any", "tool")
-    if forced:
-        schema = None  # a tool call it will be, so there is no content to shape
+    if choice.get("type") in ("any", "tool"):
+        schema = None  # a call it will be; there is no content to shape
     elif schema:
-        choice = structured_choice(choice, bool(names))
-        forced = True
-    most = token_limit(body)
-    effort = parse_effort(body)
-    thinking = effort != "none" and not forced
-    thinking = thinking and (not most or most >= MIN_THINKING_TOKENS)
-    if script.unsigned and BUDGET_MODEL.search(model):
-        thinking = False  # the API refuses the loop with thinking and without the block
+        choice = structured_choice(choice, names)
     return Ask(
         requested=body["model"],
-        spawn=Spawn(
-            model,
-            EFFORTS.get(effort, ""),
-            thinking,
-            most,
-            json.dumps(choice) if choice else "",
-        ),
+        spawn=parse_spawn(body, choice, script.unsigned),
         setup=Setup("\n\n".join(script.system), tuple(tools), schema),
         turns=script.turns,
         names=names,
-        stream=bool(body.get("stream")),
-        include_usage=bool(parse_stream_options(body).get("include_usage")),
-        stops=parse_stops(body.get("stop")),
-        n=bounded(body, "n", 1, MAX_CHOICES) or 1,
+        stream=body.get("stream", False),
+        include_usage=parse_include_usage(body),
+        stops=parse_stops(body.get("stop", [])),
+        n=bounded(body, "n", MAX_CHOICES) or 1,
     )
 
 
-def check_parameters(body: Json) -> None:
-    """The PARAMETERS table applied. `null` means absent; unknown names are ignored."""
-    for name in [name for name, value in body.items() if value is None]:
-        del body[name]
-    for name, value in body.items():
-        row = PARAMETERS.get(name)
-        if row is None:
-            continue
-        check(value, row.kinds, name)
-        if row.use == REFUSED and value not in row.harmless:
+def parse_parameters(body: Any) -> Json:
+    """PARAMETERS applied: the body without its nulls, types checked. Unknown names are
+    left alone."""
+    if not isinstance(body, dict):
+        raise bad("", "The request body must be a JSON object.")
+    body = {name: value for name, value in body.items() if value is not None}
+    for name in body.keys() & PARAMETERS.keys():
+        row = PARAMETERS[name]
+        check(body[name], row.kinds, name)
+        if row.use == REFUSED and body[name] not in row.harmless:
             message = f"'{name}' is not supported: {row.why}."
             raise bad(name, message, "unsupported_parameter")
+    for name in ("model", "messages"):
+        if name not in body:
+            raise bad(name, f"Missing required parameter: '{name}'.")
+    return body
+
+
+def parse_spawn(body: Json, choice: Json, unsigned: bool) -> Spawn:
+    """`unsigned`: a tool loop goes on whose signed thinking is not known."""
+    model, effort = cli_model(body["model"]), body.get("reasoning_effort", "")
+    if effort and effort not in EFFORTS:
+        known = ", ".join(EFFORTS)
+        raise bad("reasoning_effort", f"'reasoning_effort' must be one of {known}.")
+    tokens = bounded(body, "max_tokens", MAX_TOKENS)
+    tokens = bounded(body, "max_completion_tokens", MAX_TOKENS) or tokens
+    thinking = not (
+        effort == "none"
+        or choice.get("type") in ("any", "tool")  # the API refuses both together
+        or 0 < tokens < MIN_THINKING_TOKENS
+        or (unsigned and BUDGET_MODEL.search(model))
+    )
+    as_json = json.dumps(choice) if choice else ""
+    return Spawn(model, EFFORTS.get(effort, ""), thinking, tokens, as_json)
 
 
 def cli_model(name: str) -> str:
     """A client's model name -> what the CLI takes for --model; else 404."""
-    short = name.rsplit("/", 1)[-1]
-    if short in MODELS.values():
-        return short
-    if short in MODELS:
-        return MODELS[short]
-    if MODEL_ID.fullmatch(short):
-        return short
+    short = name.rsplit("/", 1)[-1]  # openai/…, anthropic/…: routers' prefixes
+    model = MODELS.get(short, short)
+    if model in MODELS.values() or MODEL_ID.fullmatch(model):
+        return model
     known = ", ".join([*MODELS, *MODELS.values()])
-    message = (
-        f"The model '{name[:100]}' does not exist. "
-        f"Use one of {known}, or a full id such as claude-opus-4-1."
-    )
+    message = f"The model '{name[:100]}' does not exist. Use {known} or a full Claude id."
     raise APIError(404, message, code="model_not_found", param="model")
 
 
-def bounded(body: Json, name: str, least: int, most: int) -> int:
-    """An integer parameter in its range; 0 when absent."""
-    value = body.get(name)
-    if value is None:
-        return 0
-    if not least <= value <= most:
-        raise bad(name, f"'{name}' must be between {least} and {most}.")
+def bounded(body: Json, name: str, most: int) -> int:
+    """An integer from 1 to `most`; 0 when absent."""
+    value = body.get(name, 0)
+    if name in body and not 1 <= value <= most:
+        raise bad(name, f"'{name}' must be between 1 and {most}.")
     return value
 
 
-def token_limit(body: Json) -> int:
-    most = 10**9
-    new = bounded(body, "max_completion_tokens", 1, most)
-    old = bounded(body, "max_tokens", 1, most)
-    return new or old
-
-
-def parse_stream_options(body: Json) -> Json:
-    options = body.get("stream_options") or {}
-    get(options, "include_usage", (bool,), "stream_options")
-    return options
+def parse_include_usage(body: Json) -> bool:
+    options = body.get("stream_options", {})
+    return bool(may(options, "include_usage", (bool,), "stream_options"))
 
 
 def parse_stops(value: Any) -> Tuple[str, ...]:
-    stops = [value] if isinstance(value, str) else value or []
+    stops = [value] if isinstance(value, str) else value
     if len(stops) > MAX_STOPS:
         raise bad("stop", f"'stop' takes at most {MAX_STOPS} strings.")
     return tuple(s for i, s in enumerate(stops) if check(s, (str,), f"stop[{i}]"))
 
 
-def parse_effort(body: Json) -> str:
-    effort = body.get("reasoning_effort", "")
-    if effort and effort not in EFFORTS:
-        known = ", ".join(EFFORTS)
-        raise bad("reasoning_effort", f"'reasoning_effort' must be one of {known}.")
-    return effort
-
-
-def parse_format(value: Optional[Json]) -> Optional[Json]:
+def parse_format(body: Json) -> Optional[Json]:
     """response_format -> the JSON schema that the reply must match, if any."""
-    if value is None:
-        return None
-    kind = check(value.get("type"), (str,), "response_format.type")
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return {"type": "object", "additionalProperties": True}
-    if kind != "json_schema":
+    value = body.get("response_format", {"type": "text"})
+    kind = want(value, "type", (str,), "response_format")
+    if kind == "json_schema":
+        holder = want(value, "json_schema", (dict,), "response_format")
+        where = "response_format.json_schema"
+        return object_schema(want(holder, "schema", (dict,), where), where + ".schema")
+    if kind not in ("text", "json_object"):
         message = "'response_format.type' must be text, json_object or json_schema."
         raise bad("response_format.type", message)
-    where = "response_format.json_schema"
-    holder = check(value.get("json_schema"), (dict,), where)
-    schema = check(holder.get("schema"), (dict,), where + ".schema")
-    return object_schema(schema, where + ".schema")
-
-
-def structured_choice(choice: Json, has_tools: bool) -> Json:
-    """The tool_choice under which the reply must be the JSON, or a client's tool."""
-    if has_tools and choice.get("type") != "none":
-        return dict(choice, type="any")
-    return {
-        "type": "tool",
-        "name": STRUCTURED_OUTPUT,
-        "disable_parallel_tool_use": True,
-    }
+    return {"type": "object", "additionalProperties": True} if kind != "text" else None
 
 
 # Tools. The Messages API is strict where clients are not, and the CLI drops *all* tools
@@ -574,19 +528,18 @@ def parse_tools(tools: List[Any]) -> Tuple[List[Json], Dict[str, str]]:
     names: Dict[str, str] = {}
     for i, tool in enumerate(tools):
         where = f"tools[{i}]"
-        check(tool, (dict,), where)
-        if tool.get("type", "function") != "function":
+        if check(tool, (dict,), where).get("type", "function") != "function":
             raise bad(f"{where}.type", "Only tools of type 'function' are supported.")
+        function = want(tool, "function", (dict,), where)
         where += ".function"
-        function = check(tool.get("function"), (dict,), where)
-        name = check(function.get("name"), (str,), where + ".name")
+        name = want(function, "name", (str,), where)
         if not name or name in names.values():
             problem = "is used twice" if name else "must not be empty"
-            raise bad(where + ".name", f"The tool name '{name}' {problem}.")
+            raise bad(where + ".name", f"The tool name '{name[:100]}' {problem}.")
         names[api_name(name)] = name
-        text = get(function, "description", (str,), where) or ""
-        schema = get(function, "parameters", (dict,), where) or {}
+        schema = may(function, "parameters", (dict,), where) or {}
         schema = object_schema(schema, where + ".parameters")
+        text = may(function, "description", (str,), where) or ""
         found.append(mcp_tool(api_name(name), text, schema))
     return found, names
 
@@ -602,59 +555,72 @@ def mcp_tool(name: str, text: str, schema: Json) -> Json:
 
 
 def object_schema(schema: Json, where: str) -> Json:
-    """`schema` as one the API and the CLI accept: an object at the top, without a
-    combinator there. 400 if it can't mean an object."""
+    """`schema` as the API and the CLI accept it: an object at the top, no combinator
+    there (it moves to where the model reads it), each property an object. 400 for what
+    can't mean an object."""
     kind = schema.get("type", "object")
     if kind != "object" and not (isinstance(kind, list) and "object" in kind):
         message = f"'{where}' must be a schema of type 'object' at the top."
         raise bad(where, message, "invalid_schema")
-    schema = dict(schema, type="object")
-    properties = get(schema, "properties", (dict,), where) or {}
-    combined = {k: schema.pop(k) for k in ("anyOf", "oneOf", "allOf") if k in schema}
-    for branch in [b for bs in combined.values() if isinstance(bs, list) for b in bs]:
-        if isinstance(branch, dict) and isinstance(branch.get("properties"), dict):
-            properties = {**branch["properties"], **properties}
-    if combined:  # the model reads what the API would not take as a rule
+    combined = {k: schema[k] for k in ("anyOf", "oneOf", "allOf") if k in schema}
+    schema = {k: v for k, v in schema.items() if k not in combined and v is not None}
+    schema["type"] = "object"
+    properties: Json = {}
+    for branch in [b for bs in combined.values() for b in check(bs, (list,), where)]:
+        properties.update(check(branch, (dict,), where).get("properties", {}))
+    properties.update(may(schema, "properties", (dict,), where) or {})
+    for name in may(schema, "required", (list,), where) or []:
+        check(name, (str,), where + ".required")
+    if combined:
         rule = "The value must also match: " + json.dumps(combined)
-        schema["description"] = (schema.get("description", "") + "\n" + rule).strip()
-    required = get(schema, "required", (list,), where) or []
-    schema["required"] = [check(r, (str,), where + ".required") for r in required]
-    schema["properties"] = {
-        key: plain_schema(value, f"{where}.properties.{key}")
-        for key, value in properties.items()
-    }
-    return {k: v for k, v in schema.items() if v not in ([], None)}
+        text = may(schema, "description", (str,), where)
+        schema["description"] = f"{text}\n{rule}" if text else rule
+    if properties or "properties" in schema:
+        schema["properties"] = {
+            name: plain_schema(value, f"{where}.properties.{name}")
+            for name, value in properties.items()
+        }
+    return schema
 
 
 def plain_schema(schema: Any, where: str) -> Json:
-    """A property's schema as an object; JSON Schema's true and false are objects too."""
+    """JSON Schema's true and false, too, as objects."""
     if isinstance(schema, bool):
         return {} if schema else {"not": {}}
     return check(schema, (dict,), where)
 
 
 def parse_choice(body: Json, names: Dict[str, str]) -> Json:
-    """tool_choice and parallel_tool_calls -> the Messages API's tool_choice, or {}."""
+    """tool_choice and parallel_tool_calls -> the Messages API's tool_choice; {} for its
+    default."""
     choice = body.get("tool_choice", "auto")
     if isinstance(choice, dict):
-        function = check(choice.get("function"), (dict,), "tool_choice.function")
-        name = check(function.get("name"), (str,), "tool_choice.function.name")
+        function = want(choice, "function", (dict,), "tool_choice")
+        name = want(function, "name", (str,), "tool_choice.function")
         if name not in names.values():
-            raise bad("tool_choice", f"Tool '{name[:100]}' not found in 'tools'.")
+            raise bad("tool_choice", f"The tool '{name[:100]}' is not in 'tools'.")
         found = {"type": "tool", "name": api_name(name)}
     elif choice not in ("none", "auto", "required"):
         message = "'tool_choice' must be none, auto, required or a function."
         raise bad("tool_choice", message)
-    elif choice == "required" and not names:
-        message = "'tool_choice' is only allowed when 'tools' are specified."
-        raise bad("tool_choice", message)
     else:
-        found = {"type": {"required": "any"}.get(choice, choice)}
+        found = {"type": "any" if choice == "required" else choice}
     if not names:
+        if choice == "required":
+            raise bad("tool_choice", "'tool_choice' is only allowed with 'tools'.")
         return {}
     if body.get("parallel_tool_calls") is False and found["type"] != "none":
         found["disable_parallel_tool_use"] = True
     return {} if found == {"type": "auto"} else found
+
+
+def structured_choice(choice: Json, names: Dict[str, str]) -> Json:
+    """The tool_choice that leaves no answer but the JSON, or a call of a client's tool.
+    Left to choose, a model may answer with text, and the CLI would ask it again."""
+    if names and choice.get("type") != "none":
+        return {**choice, "type": "any"}
+    forced = {"type": "tool", "name": STRUCTURED_OUTPUT}
+    return {**forced, "disable_parallel_tool_use": True}
 
 
 # Messages.
@@ -662,41 +628,42 @@ def parse_choice(body: Json, names: Dict[str, str]) -> Json:
 BEGIN, CONTINUE = "Begin.", "Continue."  # where the API wants a user turn and has none
 
 
+def text_block(text: str) -> Json:
+    return {"type": "text", "text": text}
+
+
 class Transcript:
     """OpenAI's messages -> `system` texts and `turns`, in the Messages API's roles.
 
-    Neighbours of one role are one turn; texts without a character to see are dropped
-    (the API refuses them). `called`: names of the tools in the history; `unsigned`:
-    whether a call of the tool loop still going on lacks its signed thinking.
+    Neighbours of one role are one turn; texts without a character to see are dropped,
+    for the API refuses them. `called`: names of the tools in the history; `unsigned`:
+    whether a tool loop goes on whose signed thinking is not in `thoughts`.
     """
 
-    def __init__(self, thoughts: Dict[str, List[Json]]):
+    def __init__(self, thoughts: Dict[str, List[Json]], turns: Iterable[Json] = ()):
         self.thoughts = thoughts
+        self.turns = list(turns)
         self.system: List[str] = []
-        self.turns: List[Json] = []
-        self.called: set = set()
+        self.called: Set[str] = set()
         self.unsigned = False
-        self.waiting: Dict[str, str] = {}  # call id -> where, until it is answered
+        self.open: Dict[str, str] = {}  # id of a call -> where, until it is answered
 
     def add(self, message: Any, where: str) -> None:
-        check(message, (dict,), where)
-        role = check(message.get("role"), (str,), where + ".role")
-        add = self.ROLES.get(role)
-        if add is None:
+        role = want(check(message, (dict,), where), "role", (str,), where)
+        if role not in self.ROLES:
             known = ", ".join(self.ROLES)
             raise bad(where + ".role", f"'{where}.role' must be one of {known}.")
         if role != "tool":
-            self.all_answered()
-        add(self, message, where)
+            self.expect_no_open_call()
+        self.ROLES[role](self, message, where)
 
     def add_system(self, message: Json, where: str) -> None:
         blocks = parse_content(message, where, ("text",))
         text = "\n".join(block["text"] for block in blocks)
-        if not self.turns:
-            self.system += [text] if text else []
+        if text and self.turns:
+            self.append("user", [text_block(f"<system>\n{text}\n</system>")])
         elif text:
-            text = f"<system>\n{text}\n</system>"
-            self.append("user", [{"type": "text", "text": text}])
+            self.system.append(text)
 
     def add_user(self, message: Json, where: str) -> None:
         blocks = parse_content(message, where, ("text", "image_url", "file"))
@@ -707,45 +674,36 @@ class Transcript:
         if message.get("audio"):
             raise bad(where + ".audio", "Audio is not supported.")
         blocks = parse_content(message, where, ("text", "refusal"))
-        calls = get(message, "tool_calls", (list,), where) or []
-        if not calls:
-            return self.append("assistant", blocks)
-        uses = [self.call(c, f"{where}.tool_calls[{i}]") for i, c in enumerate(calls)]
-        thinking = self.thoughts.get(uses[0]["id"], [])
-        self.unsigned = self.unsigned or not thinking
+        calls = may(message, "tool_calls", (list,), where) or []
+        uses = [self.use(c, f"{where}.tool_calls[{i}]") for i, c in enumerate(calls)]
+        thinking = self.thoughts.get(uses[0]["id"], []) if uses else []
+        self.unsigned = self.unsigned or bool(uses and not thinking)
         self.append("assistant", thinking + blocks + uses)
 
-    def call(self, call: Any, where: str) -> Json:
+    def use(self, call: Any, where: str) -> Json:
         """One of an assistant's tool_calls -> a tool_use block."""
-        check(call, (dict,), where)
-        name = check(call.get("id"), (str,), where + ".id")
-        function = check(call.get("function"), (dict,), where + ".function")
-        tool = check(function.get("name"), (str,), where + ".function.name")
-        if name in self.waiting:
-            raise bad(where + ".id", f"The tool call id '{name[:100]}' is used twice.")
-        self.waiting[name] = where
-        self.called.add(api_name(tool))
-        text = get(function, "arguments", (str,), where + ".function") or ""
-        return {
-            "type": "tool_use",
-            "id": api_name(name),
-            "name": api_name(tool),
-            "input": parse_arguments_of_call(text),
-        }
+        name = want(check(call, (dict,), where), "id", (str,), where)
+        function = want(call, "function", (dict,), where)
+        where += ".function"
+        tool = api_name(want(function, "name", (str,), where))
+        if name in self.open:
+            raise bad(where, f"The tool call id '{name[:100]}' is used twice.")
+        self.open[name] = where
+        self.called.add(tool)
+        arguments = may(function, "arguments", (str,), where) or ""
+        use = {"type": "tool_use", "id": api_name(name), "name": tool}
+        return {**use, "input": parse_arguments_of_call(arguments)}
 
     def add_tool(self, message: Json, where: str) -> None:
-        name = check(message.get("tool_call_id"), (str,), where + ".tool_call_id")
-        if self.waiting.pop(name, None) is None:
-            message_ = (
-                f"'{where}' answers no call: a message with role 'tool' must follow "
-                "an assistant message with 'tool_calls' that holds its tool_call_id."
-            )
-            raise bad(where + ".tool_call_id", message_)
+        name = want(message, "tool_call_id", (str,), where)
+        if self.open.pop(name, None) is None:
+            text = f"'{where}' must follow an assistant message with that tool call."
+            raise bad(where + ".tool_call_id", text)
         result: Json = {"type": "tool_result", "tool_use_id": api_name(name)}
         blocks = parse_content(message, where, ("text", "image_url", "file"))
-        plain = len(blocks) == 1 and blocks[0].get("text")
         if blocks:
-            result["content"] = plain or blocks
+            alone = len(blocks) == 1 and blocks[0].get("text")
+            result["content"] = alone or blocks
         self.append("user", [result])
 
     ROLES = {
@@ -760,54 +718,45 @@ class Transcript:
         if not blocks:
             return
         if not self.turns and role == "assistant":
-            self.append("user", [{"type": "text", "text": BEGIN}])
+            self.append("user", [text_block(BEGIN)])
         if self.turns and self.turns[-1]["role"] == role:
-            self.turns[-1]["content"] += blocks
-        else:
-            self.turns.append({"role": role, "content": list(blocks)})
+            blocks = self.turns.pop()["content"] + blocks
+        self.turns.append({"role": role, "content": blocks})
 
-    def all_answered(self) -> None:
-        for name, where in self.waiting.items():
-            message = (
-                "An assistant message with 'tool_calls' must be followed by tool "
-                "messages responding to each 'tool_call_id'. The tool_call_id "
-                f"'{name[:100]}' has no response."
-            )
-            raise bad(where, message)
+    def expect_no_open_call(self) -> None:
+        for name, where in self.open.items():
+            message = f"The tool call '{name[:100]}' has no response: tool messages must "
+            raise bad(where, message + "follow an assistant message with 'tool_calls'.")
 
     def finish(self) -> None:
-        self.all_answered()
+        self.expect_no_open_call()
         if not self.turns or self.turns[-1]["role"] == "assistant":
-            text = CONTINUE if self.turns else BEGIN
-            self.append("user", [{"type": "text", "text": text}])
+            self.append("user", [text_block(CONTINUE if self.turns else BEGIN)])
 
 
 def parse_arguments_of_call(text: str) -> Json:
-    """A call's JSON arguments as the API wants them: an object. A model can be cut
-    short in mid-argument; what it wrote is kept as text then."""
+    """A call's JSON arguments as the API wants them: an object. What is none, from a
+    model cut short in mid-argument, is kept as text."""
     try:
         value = json.loads(text or "{}")
     except (ValueError, RecursionError):
-        value = text
+        value = None
     return value if isinstance(value, dict) else {"arguments": text}
 
 
 def parse_content(message: Json, where: str, kinds: Tuple[str, ...]) -> List[Json]:
-    """A message's content, string or parts, as Messages API blocks."""
-    content = message.get("content")
+    """A message's content, a string or parts of the given kinds, as API blocks."""
+    content = may(message, "content", (str, list), where) or []
     where += ".content"
-    if content is None:
-        return []
-    if isinstance(check(content, (str, list), where), str):
-        content = [{"type": "text", "text": content}]
     blocks = []
-    for i, part in enumerate(content):
+    for i, part in enumerate([content] if isinstance(content, str) else content):
         at = f"{where}[{i}]"
-        if isinstance(part, str):  # seen from clients that join lists of strings
+        if isinstance(part, str):  # bare strings in a list are seen, too
             part = {"type": "text", "text": part}
-        kind = check(check(part, (dict,), at).get("type"), (str,), at + ".type")
-        if kind not in kinds or kind not in PARTS:
-            message_ = f"Content of type '{kind[:50]}' is not supported here."
+        kind = want(check(part, (dict,), at), "type", (str,), at)
+        if kind not in kinds:
+            known = ", ".join(kinds)
+            message_ = f"Content of type '{kind[:50]}' is not supported here; {known} is."
             raise bad(at, message_, "unsupported_content")
         block = PARTS[kind](part, at)
         if block["type"] != "text" or block["text"].strip():
@@ -815,82 +764,68 @@ def parse_content(message: Json, where: str, kinds: Tuple[str, ...]) -> List[Jso
     return blocks
 
 
-def text_part(part: Json, where: str) -> Json:
-    text = check(part.get("text"), (str,), where + ".text")
-    return {"type": "text", "text": text}
-
-
-def refusal_part(part: Json, where: str) -> Json:
-    text = check(part.get("refusal"), (str,), where + ".refusal")
-    return {"type": "text", "text": text}
-
-
-IMAGE_TYPES = {"image/png", "image/jpeg", "image/gif", "image/webp"}
-
-
 def image_part(part: Json, where: str) -> Json:
     where += ".image_url"
     holder = check(part.get("image_url"), (dict, str), where)
-    url = holder if isinstance(holder, str) else holder.get("url")
-    check(url, (str,), where + ".url")
+    url = holder if isinstance(holder, str) else want(holder, "url", (str,), where)
     if re.match(r"https?://", url):
         return {"type": "image", "source": {"type": "url", "url": url}}
     kind, data = parse_data_url(url, where + ".url")
     kind = "image/jpeg" if kind == "image/jpg" else kind
-    if kind not in IMAGE_TYPES:
-        known = ", ".join(sorted(IMAGE_TYPES))
-        message = f"'{where}' holds {kind[:50]}; the API takes {known}."
+    if kind not in ("image/png", "image/jpeg", "image/gif", "image/webp"):
+        message = f"'{where}' holds {kind[:50]}; the API takes PNG, JPEG, GIF and WebP."
         raise bad(where + ".url", message, "unsupported_media_type")
-    source = {"type": "base64", "media_type": kind, "data": data}
-    return {"type": "image", "source": source}
+    return {"type": "image", "source": base64_source(kind, data)}
 
 
 def file_part(part: Json, where: str) -> Json:
+    holder = want(part, "file", (dict,), where)
     where += ".file"
-    holder = check(part.get("file"), (dict,), where)
     if holder.get("file_data") is None:
         message = "Only 'file_data' is supported: this server stores no files."
         raise bad(where, message, "unsupported_content")
-    url = check(holder["file_data"], (str,), where + ".file_data")
-    name = get(holder, "filename", (str,), where)
-    if not url.startswith("data:"):  # OpenAI takes bare base64 of a PDF, too
+    url = want(holder, "file_data", (str,), where)
+    if not url.startswith("data:"):  # OpenAI takes the bare base64 of a PDF, too
         url = "data:application/pdf;base64," + url
     kind, data = parse_data_url(url, where + ".file_data")
     if kind == "application/pdf":
-        source = {"type": "base64", "media_type": kind, "data": data}
-    elif kind.startswith("text/") or kind in ("application/json", "application/xml"):
+        source = base64_source(kind, data)
+    elif kind.startswith("text/") or kind == "application/json":
         text = base64.b64decode(data).decode("utf-8", "replace")
         source = {"type": "text", "media_type": "text/plain", "data": text}
     else:
         message = f"'{where}' holds {kind[:50]}; PDF and text files are supported."
         raise bad(where + ".file_data", message, "unsupported_media_type")
+    name = may(holder, "filename", (str,), where)
     return {"type": "document", "source": source, **({"title": name} if name else {})}
 
 
 def parse_data_url(url: str, where: str) -> Tuple[str, str]:
     """data:TYPE;base64,DATA (RFC 2397) -> (media type, base64)."""
-    head, comma, data = url.partition(",")
-    if not head.startswith("data:") or not comma or not head.endswith(";base64"):
-        raise bad(where, f"'{where}' must be an http(s) or base64 data: URL.")
+    head, _, data = url.partition(",")
+    if not head.startswith("data:") or not head.endswith(";base64"):
+        raise bad(where, f"'{where}' must be an http(s) or a base64 data: URL.")
     data = re.sub(r"\s+", "", data)
-    try:
-        if not base64.b64decode(data, validate=True):
-            raise ValueError("empty")
-    except (binascii.Error, ValueError):
-        raise bad(where, f"'{where}' holds invalid base64 data.") from None
-    return head[len("data:") :].split(";")[0].lower(), data
+    with contextlib.suppress(binascii.Error, ValueError):
+        if base64.b64decode(data, validate=True):
+            return head[len("data:") :].split(";")[0].lower(), data
+    raise bad(where, f"'{where}' holds invalid base64 data.")
+
+
+def base64_source(kind: str, data: str) -> Json:
+    return {"type": "base64", "media_type": kind, "data": data}
 
 
 PARTS = {
-    "text": text_part,
-    "refusal": refusal_part,
+    "text": lambda part, where: text_block(want(part, "text", (str,), where)),
+    "refusal": lambda part, where: text_block(want(part, "refusal", (str,), where)),
     "image_url": image_part,
     "file": file_part,
 }
 
 
 # ── CLI ────────────────────────────────────────────────────────────────────────────
-# `claude -p` driven over stdin: measured on 2.1.112, 2.1.197 and 2.1.330, 2026-11-22.
+# `claude -p` driven over stdin; measured on 2.1.112, 2.1.197 and 2.1.330, 2026-11-22.
 # A conversation with it, trimmed (> we write, < it prints; one JSON object a line):
 #
 #   > {"type":"control_request","request_id":"1","request":{"subtype":"initialize",
@@ -912,11 +847,11 @@ PARTS = {
 #      "end_turn"},"usage":{"output_tokens":3}},…}           here the process is ended
 #   < {"type":"result",…}
 #
-# Turns that come before the last one's result are put in another order, and assistant
-# turns with one id are merged: hence the waits and the ids. `tools/call` is never
-# answered: the client runs its tools, in a request of its own.
+# Turns sent before the last one's result change their order, and assistant turns with
+# one id are merged: hence the waits and the ids. `tools/call` is never answered: the
+# client runs its tools, and tells of it in a request of its own.
 
-SERVER = "c"  # the name of the MCP server that holds the client's tools
+SERVER = "c"  # the MCP server that holds the client's tools
 ARGV = [
     *"-p --input-format stream-json --output-format stream-json --verbose".split(),
     *"--include-partial-messages --no-session-persistence".split(),
@@ -928,35 +863,30 @@ ARGV = [
     # no reminder how to sign commits where a client names a tool Bash
     *("--settings", '{"attribution":{"commit":"","pr":""},"includeCoAuthoredBy":false}'),
 ]
-CONSTANT_ENVIRONMENT = {
-    "CLAUDE_CODE_DISABLE_ATTACHMENTS": "1",  # `@/path` in a prompt would read that file
+VARIABLES = {
+    "CLAUDE_CODE_DISABLE_ATTACHMENTS": "1",  # `@/path` in a text would read that file
     "CLAUDE_CODE_DISABLE_FILE_MENTIONS": "1",
     "CLAUDE_AGENT_SDK_MCP_NO_PREFIX": "1",  # tools keep their names
     "CLAUDE_AGENT_SDK_DISABLE_BUILTIN_AGENTS": "1",  # else listed for a tool Agent
     "ENABLE_TOOL_SEARCH": "false",  # else many tools are withheld at first
-    "CLAUDE_CODE_MAX_RETRIES": "2",  # of 5xx; the default of 10 takes minutes
-    "DISABLE_AUTO_COMPACT": "1",
+    "CLAUDE_CODE_MAX_RETRIES": "2",  # after a 5xx; the default of 10 takes minutes
     "CLAUDE_CODE_DISABLE_REFUSAL_RETRY": "1",
-    # All cache marks of a request must have one lifetime, and ours stands before the
-    # CLI's: the API wants longer ones first.
+    "DISABLE_AUTO_COMPACT": "1",
+    "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "100000000",  # the API knows its own limit
+    # All cache marks of a request must have one lifetime: the API wants longer ones
+    # first, and ours stands before the CLI's.
     "ENABLE_PROMPT_CACHING_1H": "1",
     "CLAUDE_CODE_SKIP_MCP_DEBUG_LOG_FILES": "1",
     "DISABLE_AUTOUPDATER": "1",
 }
 CACHE_MARK = {"type": "ephemeral", "ttl": "1h"}
-OWN_VARIABLES = (  # set by environment() or not at all
-    "CLAUDE_CODE_MAX_OUTPUT_TOKENS",
-    "CLAUDE_CODE_DISABLE_THINKING",
-    "CLAUDE_CODE_EXTRA_BODY",
-    "CLAUDE_CODE_EFFORT_LEVEL",
-    "MAX_THINKING_TOKENS",
-)
-# They would bill per token instead of the subscription, or make the CLI refuse to start
+# They would bill by the token instead of the subscription, or keep the CLI from starting
 # inside another.
 WITHHELD = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDECODE")
-# After these the CLI is done or waits for us. After all others, and with a schema, it
-# may go on with a request of its own.
-CALM_STOPS = ("end_turn", "stop_sequence", "tool_use")
+SPAWN_VARIABLES = (  # set by environment() or not at all
+    "CLAUDE_CODE_MAX_OUTPUT_TOKENS", "CLAUDE_CODE_DISABLE_THINKING",
+    "CLAUDE_CODE_EXTRA_BODY", "CLAUDE_CODE_EFFORT_LEVEL", "MAX_THINKING_TOKENS",
+)  # fmt: skip
 
 
 def arguments(spawn: Spawn) -> List[str]:
@@ -965,11 +895,10 @@ def arguments(spawn: Spawn) -> List[str]:
 
 
 def environment(spawn: Spawn) -> Dict[str, str]:
-    """Our environment less what must not reach the CLI, plus what it can only be told
-    there."""
-    gone = (*WITHHELD, *OWN_VARIABLES)
-    env = {k: v for k, v in os.environ.items() if k not in gone}
-    env.update(CONSTANT_ENVIRONMENT)
+    """Ours less what must not reach the CLI, plus what it can only be told there."""
+    gone = {*WITHHELD, *SPAWN_VARIABLES}
+    env = {name: text for name, text in os.environ.items() if name not in gone}
+    env.update(VARIABLES)
     if spawn.max_tokens:
         env["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] = str(spawn.max_tokens)
     if not spawn.thinking:
@@ -988,53 +917,60 @@ def initialize_line(setup: Setup) -> Json:
     return {"type": "control_request", "request_id": "1", "request": request}
 
 
-def turn_line(turn: Json, number: int, version: Tuple[int, ...]) -> Json:
-    """An earlier turn of the conversation, as the CLI takes it over stdin."""
-    line: Json = {"type": turn["role"], "session_id": "", "parent_tool_use_id": None}
+def turn_line(turn: Json, place: int, version: Tuple[int, ...]) -> Json:
+    """An earlier turn of the conversation; `place` makes an assistant's id unique."""
+    message = {"role": turn["role"], "content": turn["content"]}
+    line = {"type": turn["role"], "session_id": "", "parent_tool_use_id": None}
     if turn["role"] == "user":
-        content = as_written(turn["content"], version)
-        message = {"role": "user", "content": content}
-        return {**line, "shouldQuery": False, "client_composed": True, "message": message}
-    message = {
-        "id": f"msg_{number}",
-        "type": "message",
-        "role": "assistant",
-        "model": "m",
-        "content": turn["content"],
-        "stop_reason": None,
-        "stop_sequence": None,
-        "usage": {"input_tokens": 0, "output_tokens": 0},
-    }
+        message["content"] = untyped(turn["content"], version)
+        line.update(shouldQuery=False, client_composed=True)
+    else:
+        usage = {"input_tokens": 0, "output_tokens": 0}
+        message.update(id=f"msg_{place}", type="message", model="m", usage=usage)
+        message.update(stop_reason=None, stop_sequence=None)
     return {**line, "message": message}
 
 
-def query_line(turn: Json, number: int, version: Tuple[int, ...]) -> Json:
-    """The last turn, which starts the model, with the prompt cache's mark on its end:
-    without it no conversation would be found again in the cache."""
-    line = turn_line(turn, number, version)
+def query_line(turn: Json, version: Tuple[int, ...]) -> Json:
+    """The last turn, which starts the model. Its end has a mark for the prompt cache:
+    without it no conversation would be found there again."""
+    line = turn_line(turn, 0, version)
     del line["shouldQuery"]
     content = line["message"]["content"]
-    marked = {**content[-1], "cache_control": CACHE_MARK}
-    line["message"] = {"role": "user", "content": [*content[:-1], marked]}
-    return line
+    content = [*content[:-1], {**content[-1], "cache_control": CACHE_MARK}]
+    return {**line, "message": {"role": "user", "content": content}}
 
 
-def as_written(content: List[Json], version: Tuple[int, ...]) -> List[Json]:
-    """User content that the CLI does not take for a typed command.
-
-    Where `client_composed` is unknown, a last text that begins with "/" is a command,
-    also in earlier turns. Cut behind its slashes it is none, and reads the same."""
-    if version >= TYPED_TEXT_CLI or not content[-1].get("text", "").startswith("/"):
+def untyped(content: List[Json], version: Tuple[int, ...]) -> List[Json]:
+    """User content that the CLI does not take for typed input. Where it does not know
+    `client_composed`, a last text that begins with "/" is a command, in earlier turns,
+    too. Cut behind the slashes it is none, and reads the same."""
+    text = content[-1].get("text", "")
+    if version >= UNTYPED_TEXT_CLI or not text.startswith("/"):
         return content
-    text = content[-1]["text"]
     rest = text.lstrip("/")
-    slashes = text[: len(text) - len(rest)]
-    pieces = [slashes, rest] if rest.strip() else ["\n" + text]
-    return content[:-1] + [{"type": "text", "text": piece} for piece in pieces]
+    pieces = [text[: len(text) - len(rest)], rest] if rest.strip() else ["\n" + text]
+    return content[:-1] + [text_block(piece) for piece in pieces]
+
+
+# Finding it.
+
+# Where its installers put it; launchd's and systemd's PATH are short.
+PLACES = """
+~/.local/bin ~/.claude/local ~/.claude/bin /opt/homebrew/bin /usr/local/bin /usr/bin
+/home/linuxbrew/.linuxbrew/bin ~/.npm-global/bin ~/.npm/bin ~/.bun/bin ~/.volta/bin
+~/.local/share/pnpm ~/Library/pnpm ~/.yarn/bin ~/n/bin ~/.asdf/shims
+~/.local/share/mise/shims ~/.nix-profile/bin ~/.nvm/versions/node/*/bin
+~/.fnm/node-versions/*/installation/bin ~/.local/share/fnm/node-versions/*/installation/bin
+""".split()
+NO_CLI = (
+    "Claude Code was not found. Install it with `npm install -g @anthropic-ai/claude-code`"
+    ", or give its path with --claude."
+)
 
 
 class Program(NamedTuple):
-    """The CLI as installed: `stamp` changes when it is replaced."""
+    """The CLI as installed; `stamp` changes when it is replaced."""
 
     path: str
     version: Tuple[int, ...]
@@ -1045,67 +981,25 @@ class Program(NamedTuple):
         return ".".join(map(str, self.version))
 
 
-# Where its installers put it; launchd's and systemd's PATH are short.
-PLACES = """
-~/.local/bin/claude ~/.claude/local/claude ~/.claude/bin/claude
-/opt/homebrew/bin/claude /usr/local/bin/claude /home/linuxbrew/.linuxbrew/bin/claude
-~/.npm-global/bin/claude ~/.npm/bin/claude ~/.bun/bin/claude ~/.volta/bin/claude
-~/.local/share/pnpm/claude ~/Library/pnpm/claude ~/.yarn/bin/claude ~/n/bin/claude
-~/.asdf/shims/claude ~/.local/share/mise/shims/claude ~/.nix-profile/bin/claude
-~/.nvm/versions/node/*/bin/claude ~/.fnm/node-versions/*/installation/bin/claude
-~/.local/share/fnm/node-versions/*/installation/bin/claude /usr/bin/claude
-""".split()
-NO_CLI = (
-    "Claude Code is not installed (or not found). Install it with "
-    "`npm install -g @anthropic-ai/claude-code`, or give its path with --claude."
-)
-
-
-def unavailable(message: str, code: str) -> APIError:
-    return APIError(503, message, "service_unavailable", code)
-
-
 def find_claude(chosen: str) -> str:
-    """The CLI's path, or an APIError 503 that says what to do."""
+    """The CLI's path. Raises APIError 503 that says what to do."""
     if chosen:
         path = shutil.which(os.path.expanduser(chosen))
         if path:
             return os.path.abspath(path)
         raise unavailable("The file given with --claude is no program.", "no_cli")
-    places = [p for place in PLACES for p in glob.glob(os.path.expanduser(place))]
-    for path in [shutil.which("claude"), *reversed_versions(places)]:
+    found = [shutil.which("claude")]
+    for place in PLACES:
+        matches = glob.glob(os.path.expanduser(place) + "/claude")
+        newest_first = sorted(matches, key=lambda p: [int(n) for n in re.findall(r"\d+", p)])
+        found += reversed(newest_first)
+    for path in found:
         if path and os.access(path, os.X_OK):
             return path
     raise unavailable(NO_CLI, "no_cli")
 
 
-def reversed_versions(places: List[str]) -> List[str]:
-    """nvm's and fnm's directories hold a CLI for each node version: newest first."""
-    key = [[int(n) for n in re.findall(r"\d+", p)] if "/node" in p else [] for p in places]
-    fixed = [p for p, numbers in zip(places, key) if not numbers]
-    rest = sorted(((n, p) for n, p in zip(key, places) if n), reverse=True)
-    return fixed + [p for _, p in rest]
-
-
-def probe_program(path: str) -> Program:
-    """Runs `claude --version`; raises APIError 503 where it can't be used."""
-    stamp = program_stamp(path)
-    out = run_briefly([path, "--version"])
-    found = re.search(r"(\d+)\.(\d+)\.(\d+)", out.stdout)
-    if not found:
-        raise unavailable("`claude --version` does not work. Reinstall it.", "no_cli")
-    program = Program(path, tuple(map(int, found.groups())), stamp)
-    if program.version < OLDEST_CLI:
-        oldest = ".".join(map(str, OLDEST_CLI))
-        message = (
-            f"Claude Code {program.version_text} is too old: {oldest} or newer is "
-            "needed. Run `claude update`."
-        )
-        raise unavailable(message, "cli_too_old")
-    return program
-
-
-def program_stamp(path: str) -> Tuple[Any, ...]:
+def stamp_of(path: str) -> Tuple[Any, ...]:
     real = os.path.realpath(path)
     with contextlib.suppress(OSError):
         stat = os.stat(real)
@@ -1113,76 +1007,97 @@ def program_stamp(path: str) -> Tuple[Any, ...]:
     return (real,)
 
 
-def run_briefly(argv: List[str]) -> subprocess.CompletedProcess:
-    """A short command of the CLI; what fails to run counts as exit code 1."""
+def probe(path: str) -> Program:
+    """Run `claude --version`. Raises APIError 503 where the CLI can't be used."""
+    stamp = stamp_of(path)
+    found = re.search(r"(\d+)\.(\d+)\.(\d+)", run_briefly(path, "--version").stdout)
+    if not found:
+        raise unavailable("`claude --version` does not work. Reinstall it.", "no_cli")
+    program = Program(path, tuple(map(int, found.groups())), stamp)
+    if program.version < OLDEST_CLI:
+        oldest, own = ".".join(map(str, OLDEST_CLI)), program.version_text
+        message = f"Claude Code {own} is too old, {oldest} is needed: run `claude update`."
+        raise unavailable(message, "cli_too_old")
+    return program
+
+
+def is_logged_in(path: str) -> bool:
+    """What `claude auth status` says."""
+    out = run_briefly(path, "auth", "status")
+    with contextlib.suppress(ValueError, AttributeError):
+        return bool(json.loads(out.stdout).get("loggedIn"))
+    return out.returncode == 0
+
+
+def run_briefly(*argv: str) -> subprocess.CompletedProcess:
+    """A short command of the CLI; one that can't run or hangs has exit code 1."""
+    options: Json = {"stdin": subprocess.DEVNULL, "timeout": PROBE_SECONDS, "text": True}
     try:
         return subprocess.run(
-            argv,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=20,
-            text=True,
-            errors="replace",
-            env=environment(Spawn("")),
+            argv, capture_output=True, errors="replace", env=environment(Spawn("")), **options
         )
     except (OSError, subprocess.TimeoutExpired):
         return subprocess.CompletedProcess(argv, 1, "", "")
 
 
-def logged_in(program: Program) -> bool:
-    """What `claude auth status` says."""
-    out = run_briefly([program.path, "auth", "status"])
-    with contextlib.suppress(ValueError):
-        return bool(json.loads(out.stdout).get("loggedIn"))
-    return out.returncode == 0
+# Running it.
 
 
 class Claude:
-    """One CLI process. Nothing here blocks: listen() reads and writes when it can.
+    """One CLI process. No method blocks; who owns it reads and writes when it can be.
 
-    It is told `todo` line by line; `waiting` while an earlier turn has not been taken
-    in. Owned by the thread that answers the request, then by Keeper.
+    It is told the lines of `todo` one by one; `waiting` while an earlier turn has not
+    been taken in. `setup` and `turns` are what it has been told, or will be when `todo`
+    is empty. Owned by Keeper, then by the thread of the request that takes it, then by
+    Keeper again until it is reaped.
     """
 
     def __init__(self, program: Program, spawn: Spawn, cwd: str):
-        self.version = program.version
-        self.tools: Tuple[Json, ...] = ()
+        self.program, self.spawn = program, spawn
+        self.setup: Optional[Setup] = None
+        self.turns: List[Json] = []
         self.todo: collections.deque = collections.deque()
         self.outbox = bytearray()
         self.waiting = False
-        self.partial: List[bytes] = []  # of an unfinished line
-        self.partial_size = 0
-        self.heard = time.monotonic()  # the last sign of life
+        self.partial: List[bytes] = []  # of a line without its end
+        self.heard = self.born = time.monotonic()  # the last sign of life
         self.complaint = b""  # the end of its stderr
-        self.stopped = 0.0  # when its group was sent a signal
+        self.stopped = 0.0  # when it was sent a signal
+        pipe = subprocess.PIPE
         self.process = subprocess.Popen(
             [program.path, *arguments(spawn)],
-            bufsize=0,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd=cwd,
-            env=environment(spawn),
+            bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe,
+            cwd=cwd, env=environment(spawn),
             start_new_session=True,  # a process group of its own, to end it whole
-        )
+        )  # fmt: skip
+        self.stdin, self.stdout, self.stderr = self.pipes = (
+            self.process.stdin, self.process.stdout, self.process.stderr,
+        )  # fmt: skip
         for pipe in self.pipes:
             os.set_blocking(pipe.fileno(), False)
 
-    @property
-    def pipes(self) -> Tuple[Any, Any, Any]:
-        return self.process.stdin, self.process.stdout, self.process.stderr
+    def fits(self, ask: Ask) -> int:
+        """0 if it has been told what `ask` does not begin with, else more for more."""
+        told = len(self.turns)
+        if self.spawn != ask.spawn or self.setup not in (None, ask.setup):
+            return 0
+        if told >= len(ask.turns) or self.turns != ask.turns[:told]:
+            return 0
+        return 1 + bool(self.setup) + told
 
-    def tell(self, setup: Setup, turns: List[Json]) -> None:
-        """Queue all that a request has to say; the last turn asks the model."""
-        self.tools = setup.tools
-        self.todo.append(initialize_line(setup))
-        for number, turn in enumerate(turns[:-1]):
-            self.todo.append(turn_line(turn, number, self.version))
-        self.todo.append(query_line(turns[-1], len(turns), self.version))
+    def tell(self, setup: Setup, turns: List[Json], query: bool) -> None:
+        """Queue what it has not been told; with `query` the last turn asks the model."""
+        if self.setup is None:
+            self.todo.append(initialize_line(setup))
+        for place in range(len(self.turns), len(turns) - query):
+            self.todo.append(turn_line(turns[place], place, self.program.version))
+        if query:
+            self.todo.append(query_line(turns[-1], self.program.version))
+        self.setup, self.turns, self.heard = setup, turns, time.monotonic()
         self.advance()
 
     def advance(self) -> None:
-        """Put lines into the outbox up to one whose result must be awaited."""
+        """Send lines up to one whose result must be awaited."""
         lines = []
         while self.todo and not self.waiting:
             line = self.todo.popleft()
@@ -1199,80 +1114,66 @@ class Claude:
         """Write what the pipe takes. A CLI that is gone shows at its stdout."""
         with contextlib.suppress(BlockingIOError, BrokenPipeError):
             while self.outbox:
-                del self.outbox[: os.write(self.process.stdin.fileno(), self.outbox)]
+                del self.outbox[: os.write(self.stdin.fileno(), self.outbox)]
 
     def read(self) -> Optional[List[Json]]:
-        """The lines that have come, less those answered here; None at the end."""
-        data = self.read_pipe(self.process.stdout)
+        """The lines that have come, less those settled here; None at the end. Raises
+        APIError 502 for what is no JSON."""
+        data = read_some(self.stdout)
         if not data:
             return None if data == b"" else []
         head, newline, tail = data.rpartition(b"\n")
         if not newline:
             self.partial.append(data)
-            self.partial_size += len(data)
-            if self.partial_size > MAX_LINE:
-                raise nonsense()
+            if len(self.partial) << 16 > MAX_LINE:
+                raise bad_gateway("The Claude CLI printed a line without an end.")
             return []
         lines = b"".join([*self.partial, head]).split(b"\n")
-        self.partial, self.partial_size = [tail], len(tail)
+        self.partial = [tail]
         parsed = [parse_line(line) for line in lines if line.startswith(b"{")]
-        return [line for line in parsed if not self.served(line)]
-
-    def read_pipe(self, pipe: Any) -> Optional[bytes]:
-        """Bytes; b"" at the end; None where there are none yet."""
-        try:
-            return os.read(pipe.fileno(), 1 << 16)
-        except BlockingIOError:
-            return None
+        return [line for line in parsed if not self.settle(line)]
 
     def read_complaint(self) -> bool:
-        """Drain stderr, keeping its end; False at its end."""
-        data = self.read_pipe(self.process.stderr)
+        """Drain stderr, keeping its end; False when there will be no more."""
+        data = read_some(self.stderr)
         self.complaint = (self.complaint + (data or b""))[-2000:]
         return data != b""
 
-    def served(self, line: Json) -> bool:
-        """Whether this line is none of the answer; what it asks for is done."""
+    def settle(self, line: Json) -> bool:
+        """Whether this line is none of the answer; what it asks for is done then."""
         kind = line.get("type")
         if kind == "stream_event":
             self.heard = time.monotonic()
-            return False
-        if kind == "control_request":
+        elif kind == "control_request":
             self.serve(line)
             return True
-        if kind == "result" and self.waiting and not line.get("is_error"):
-            self.waiting = False
-            self.heard = time.monotonic()
+        elif kind == "result" and self.waiting and not line.get("is_error"):
+            self.waiting, self.heard = False, time.monotonic()
             self.advance()
             return True
         return False
 
     def serve(self, line: Json) -> None:
-        """The client's tools, as an MCP server (modelcontextprotocol.io)."""
-        message = (line.get("request") or {}).get("message") or {}
-        method = message.get("method")
+        """Hold the client's tools, as an MCP server does."""
+        message = line.get("request", {}).get("message", {})
+        method, params = message.get("method"), message.get("params") or {}
         if method == "tools/call":
             return  # the client's part; this process ends with the answer
         result: Json = {}
         if method == "initialize":
-            result = {
-                "protocolVersion": message["params"]["protocolVersion"],
-                "capabilities": {"tools": {}},
-                "serverInfo": {"name": SERVER, "version": __version__},
-            }
-        elif method == "tools/list":
-            result = {"tools": self.tools}
+            result = {"protocolVersion": params.get("protocolVersion")}
+            result.update(capabilities={"tools": {}})
+            result.update(serverInfo={"name": SERVER, "version": __version__})
+        elif method == "tools/list" and self.setup:
+            result = {"tools": self.setup.tools}
         reply = {"jsonrpc": "2.0", "id": message.get("id", 0), "result": result}
-        response = {
-            "subtype": "success",
-            "request_id": line.get("request_id"),
-            "response": {"mcp_response": reply},
-        }
+        response = {"subtype": "success", "request_id": line.get("request_id")}
+        response["response"] = {"mcp_response": reply}
         self.send(json.dumps({"type": "control_response", "response": response}))
 
-    def stop(self, how: int) -> None:
-        """Signal the whole group. SIGTERM lets the CLI take its session file away;
-        SIGKILL is for when it would go on with a request of its own."""
+    def stop(self, how: int = signal.SIGTERM) -> None:
+        """Signal the whole group. After SIGTERM the CLI takes its session file away;
+        SIGKILL is for one that would go on with a request of its own."""
         self.stopped = self.stopped or time.monotonic()
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, how)
@@ -1281,8 +1182,8 @@ class Claude:
         for pipe in self.pipes:
             pipe.close()
 
-    def reaped(self) -> bool:
-        """Whether it is gone, and its group with it; past its time it is killed."""
+    def is_gone(self) -> bool:
+        """Whether it was reaped, its group killed; past its time it is killed here."""
         if self.process.poll() is None:
             if time.monotonic() - self.stopped > TERM_SECONDS:
                 self.stop(signal.SIGKILL)
@@ -1295,167 +1196,279 @@ class Claude:
     def sweep(self) -> None:
         """Remove the session files that a killed CLI leaves behind (2.1.330)."""
         home = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
-        pattern = f"{glob.escape(home)}/sessions/{self.process.pid}.*"
-        for path in glob.glob(pattern):
+        for path in glob.glob(f"{glob.escape(home)}/sessions/{self.process.pid}.*"):
             with contextlib.suppress(OSError):
                 os.unlink(path)
 
 
-def nonsense() -> APIError:
-    return APIError(502, "The Claude CLI printed what is no JSON.", "api_error")
+def read_some(pipe: Any) -> Optional[bytes]:
+    """What is there; b"" at the end; None where there is nothing yet."""
+    try:
+        return os.read(pipe.fileno(), 1 << 16)
+    except BlockingIOError:
+        return None
 
 
 def parse_line(line: bytes) -> Json:
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
-        raise nonsense() from None
+        raise bad_gateway("The Claude CLI printed what is no JSON.") from None
 
 
-def listen(
-    claudes: List[Claude], client: socket.socket, patience: float
-) -> Iterator[Tuple[Optional[Claude], Optional[Json]]]:
-    """Yield (process, line) for what the CLIs print, (process, None) at the end of
-    one, and (None, None) at least twice a second; forget those that were stopped.
+Heard = Tuple[Optional[Claude], Optional[Json]]
 
-    One selector in the request's own thread serves their pipes and watches the
-    client's socket, so nothing else is needed to notice that it left. Raises
-    Disconnected, or APIError 504 after `patience` seconds without a sign of life.
+
+def listen(claudes: List[Claude], client: socket.socket, patience: float) -> Iterator[Heard]:
+    """Yield (process, line) for what the CLIs print, (process, None) at the end of one,
+    and (None, None) at least every tick, until all have been stopped.
+
+    One selector serves their pipes and watches the client's socket, so that nobody else
+    is needed to notice that it left. Raises Disconnected, and APIError 504 after
+    `patience` seconds without a sign of life.
     """
+    running = list(claudes)
     with selectors.DefaultSelector() as selector:
         selector.register(client, selectors.EVENT_READ)
         for claude in claudes:
-            for pipe in claude.pipes[1:]:
-                selector.register(pipe, selectors.EVENT_READ, claude)
-        running = list(claudes)
-        writing: set = set()
+            selector.register(claude.stdout, selectors.EVENT_READ, claude)
+            selector.register(claude.stderr, selectors.EVENT_READ, claude)
         while running:
             for claude in running:
-                if bool(claude.outbox) != (claude in writing):
-                    stdin = claude.process.stdin
-                    if claude.outbox:
-                        selector.register(stdin, selectors.EVENT_WRITE, claude)
-                    else:
-                        selector.unregister(stdin)
-                    writing ^= {claude}
-            ready = selector.select(TICK_SECONDS)
-            for key, _ in ready:
-                claude = key.data
-                if claude is None:
-                    check_client(client, selector)
-                elif claude.stopped:
-                    continue
-                elif key.fileobj is claude.process.stdin:
-                    claude.write()
-                elif key.fileobj is claude.process.stderr:
-                    if not claude.read_complaint():
-                        selector.unregister(key.fileobj)
-                else:
-                    lines = claude.read()
-                    for line in [None] if lines is None else lines:
-                        yield claude, line
-                        if claude.stopped:
+                watch_stdin(selector, claude)
+            for key, _ in selector.select(TICK_SECONDS):
+                if key.data is None:
+                    if has_left(client):
+                        raise Disconnected
+                    selector.unregister(client)  # it sends its next request already
+                elif not key.data.stopped:
+                    for line in heard(selector, key):
+                        yield key.data, line
+                        if key.data.stopped:
                             break
             for claude in [claude for claude in running if claude.stopped]:
                 running.remove(claude)
-                for pipe in claude.pipes:
-                    with contextlib.suppress(KeyError):
-                        selector.unregister(pipe)
-            now = time.monotonic()
-            if any(now - claude.heard > patience for claude in running):
+                forget(selector, claude)
+            if any(time.monotonic() - c.heard > patience for c in running):
                 message = f"Claude was silent for {patience:g} seconds."
                 raise APIError(504, message, "timeout_error", "timeout")
             yield None, None
 
 
-def check_client(client: socket.socket, selector: Any) -> None:
-    """Its socket is readable: it has left, or sends its next request already."""
-    try:
-        gone = not client.recv(1, socket.MSG_PEEK)
-    except OSError:
-        gone = True
-    if gone:
-        raise Disconnected
-    selector.unregister(client)
+def heard(selector: selectors.BaseSelector, key: Any) -> List[Optional[Json]]:
+    """Serve a pipe that is ready -> the lines that came; [None] at their end."""
+    claude = key.data
+    if key.fileobj is claude.stdin:
+        claude.write()
+    elif key.fileobj is claude.stderr:
+        if not claude.read_complaint():
+            selector.unregister(key.fileobj)
+    else:
+        lines = claude.read()
+        return [None] if lines is None else lines
+    return []
+
+
+def watch_stdin(selector: selectors.BaseSelector, claude: Claude) -> None:
+    """Wait for room in its stdin while there is something to write, and only then."""
+    watched = claude.stdin in selector.get_map()
+    if claude.outbox and not watched:
+        selector.register(claude.stdin, selectors.EVENT_WRITE, claude)
+    elif watched and not claude.outbox:
+        selector.unregister(claude.stdin)
+
+
+def forget(selector: selectors.BaseSelector, claude: Claude) -> None:
+    for pipe in claude.pipes:
+        with contextlib.suppress(KeyError):
+            selector.unregister(pipe)
+
+
+def has_left(client: socket.socket) -> bool:
+    """Whether the client has closed its end."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(client, selectors.EVENT_READ)
+        with contextlib.suppress(OSError):
+            return bool(selector.select(0)) and not client.recv(1, socket.MSG_PEEK)
+    return True
+
+
+class Wish(NamedTuple):
+    """A spare to be: all of None and [] makes a blank one."""
+
+    spawn: Spawn
+    setup: Optional[Setup] = None
+    turns: List[Json] = []
 
 
 class Keeper:
-    """Finds the CLI, starts its processes and sees to it that each one ends.
+    """Finds the CLI, starts its processes, keeps spare ones, sees that each one ends.
 
-    `lock` guards `live` and `dying`; it is held for no longer than a set operation, and
-    no other lock is taken under it.
+    A spare fits a request when all that it has been told (spawn settings, setup, turns)
+    is the beginning of what the request needs; the one that has been told most wins and
+    is told the rest. So there are blank ones, initialized ones (same system prompt and
+    tools) and primed ones (a conversation up to the last answer).
+
+    They are started, and told ahead, by the main thread when an answer is out: it has
+    nothing else to do, so no thread is needed for it and the request that caused it is
+    not delayed. `lock` guards all lists and the spares in them, is owned by this
+    object, and is held for no wait, so it can't deadlock; `selector` is the main
+    thread's, into which the spares' pipes are put.
     """
 
-    def __init__(self, chosen: str):
-        self.chosen = chosen
+    def __init__(self, chosen: str = "", most: int = 0):
+        self.chosen, self.most = chosen, most
         self.lock = threading.Lock()
-        self.live: set = set()  # answering
+        self.live: Set[Claude] = set()  # answering
         self.dying: List[Claude] = []  # sent a signal, not reaped yet
+        self.spares: List[Claude] = []  # the one used least recently first
+        self.wishes: List[Wish] = []
+        self.setups: collections.deque = collections.deque(maxlen=8)  # asked for before
+        self.selector = selectors.DefaultSelector()
         self.found: Optional[Program] = None
-        self.login: Optional[bool] = None  # None: not known yet
-        self.looked = 0.0  # when the login was last asked for
+        self.login: Optional[bool] = None  # None: not known
+        self.looked = 0.0  # when the login was last looked for
         self.home = tempfile.mkdtemp(prefix="claude-max-proxy-")  # 0700; the CLIs' cwd
 
     def program(self) -> Program:
         """The installed CLI, probed again when it was replaced. Raises APIError 503."""
-        path = self.found.path if self.found else ""
-        if not path or not os.access(path, os.X_OK):
-            path = find_claude(self.chosen)
-        if not self.found or self.found.stamp != program_stamp(path):
+        found = self.found
+        if not found or found.stamp != stamp_of(found.path):
             self.found = None
-            self.found = probe_program(path)
-        return self.found
+            found = self.found = probe(find_claude(self.chosen))
+        return found
 
-    def ask_login(self) -> bool:
-        """Whether the CLI is logged in; a "no" is asked again every few seconds."""
-        if self.login is None or (not self.login and time.monotonic() > self.looked + 5):
-            self.login = logged_in(self.program())
+    def has_login(self) -> bool:
+        """Whether the CLI is logged in; after a "no" it is asked again, but not often."""
+        if not self.login and (self.login is None or time.monotonic() > self.looked + 5):
+            self.login = is_logged_in(self.program().path)
             self.looked = time.monotonic()
         return self.login
 
     def start(self, ask: Ask) -> Claude:
         """A process that has been told all of `ask`. Raises APIError 503."""
         program = self.program()
-        try:
-            claude = Claude(program, ask.spawn, self.home)
-        except OSError as error:
-            reason = f"Claude Code can't be started: {os.strerror(error.errno or 0)}."
-            raise unavailable(reason, "no_cli") from error
+        claude = self.take(ask, program) or self.spawn(program, ask.spawn)
         with self.lock:
             self.live.add(claude)
-        claude.tell(ask.setup, ask.turns)
+        claude.tell(ask.setup, ask.turns, query=True)
+        return claude
+
+    def take(self, ask: Ask, program: Program) -> Optional[Claude]:
+        """The spare that fits best, if any: nobody else's from here on."""
+        with self.lock:
+            fitting = [(c.fits(ask), i) for i, c in enumerate(self.spares) if is_fit(c, program)]
+            best, i = max(fitting, default=(0, 0))
+            return self.release(i) if best else None
+
+    def spawn(self, program: Program, spawn: Spawn) -> Claude:
+        try:
+            return Claude(program, spawn, self.home)
+        except OSError as error:
+            reason = f"Claude Code can't be started: {error.strerror}."
+            raise unavailable(reason, "no_cli") from error
+
+    def release(self, i: int) -> Claude:
+        """Take spare number i out of the main thread's hands. Needs the lock."""
+        claude = self.spares.pop(i)
+        forget(self.selector, claude)
         return claude
 
     def retire(self, claude: Claude) -> None:
-        """End a process, if it was not yet, and leave it to tick()."""
+        """End a process, if it was not yet; tick() reaps it."""
         if not claude.stopped:
-            claude.stop(signal.SIGTERM)
+            claude.stop()
         claude.close()
         with self.lock:
             self.live.discard(claude)
             self.dying.append(claude)
 
+    def wish_for_next(self, ask: Ask, turns: Optional[List[Json]]) -> None:
+        """An answer is out: have ready what the next request may need. `turns` are the
+        conversation's if it is likely to go on. One-shot requests cost one start each,
+        as without spares: a blank process, or an initialized one where the same system
+        prompt and tools come again."""
+        if not self.most:
+            return
+        with self.lock:
+            known = ask.setup in self.setups
+            self.setups.append(ask.setup)
+            if not any(c.fits(ask) and not c.turns for c in self.spares):
+                self.wishes.append(Wish(ask.spawn, ask.setup if known else None))
+            if turns:
+                self.wishes.append(Wish(ask.spawn, ask.setup, turns))
+
     def tick(self) -> None:
-        """Reap what has ended. Called by the main thread alone."""
+        """Reap what has ended, retire old spares, start those wished for. The main
+        thread's part."""
         with self.lock:
             dying, self.dying = self.dying, []
-        still = [claude for claude in dying if not claude.reaped()]
+            wishes, self.wishes = self.wishes, []
+        still = [claude for claude in dying if not claude.is_gone()]
         with self.lock:
             self.dying += still
+        for wish in wishes:
+            with contextlib.suppress(APIError):  # the next request will say it
+                self.add(self.spawn(self.program(), wish.spawn), wish)
+        too_old = time.monotonic() - SPARE_SECONDS
+        self.drop(lambda claude: claude.born < too_old)
+
+    def add(self, claude: Claude, wish: Wish) -> None:
+        """A new spare; the least recently used ones make room."""
+        with self.lock:
+            self.spares.append(claude)
+            self.selector.register(claude.stdout, selectors.EVENT_READ, claude)
+            self.selector.register(claude.stderr, selectors.EVENT_READ, claude)
+            if wish.setup:
+                claude.tell(wish.setup, wish.turns, query=False)
+            watch_stdin(self.selector, claude)
+            surplus = self.spares[: -self.most]
+        self.drop(lambda claude: claude in surplus)
+
+    def feed(self, key: Any) -> None:
+        """A pipe of a spare is ready: let it take in what it is told. One that fails or
+        ends is dropped."""
+        with self.lock:
+            if key.data not in self.spares:
+                return  # it was taken in this very moment
+            try:
+                lines = heard(self.selector, key)
+                failed = any(line is None or line.get("is_error") for line in lines)
+            except APIError:
+                failed = True
+            if not failed:
+                watch_stdin(self.selector, key.data)
+        if failed:
+            self.drop(lambda claude: claude is key.data)
+
+    def drop(self, unwanted: Any) -> None:
+        """Retire the spares for which `unwanted` holds."""
+        with self.lock:
+            places = [i for i, claude in enumerate(self.spares) if unwanted(claude)]
+            dropped = [self.release(i) for i in reversed(places)]
+        for claude in dropped:
+            self.retire(claude)
 
     def stop_all(self, how: int) -> None:
+        self.drop(lambda claude: True)
         with self.lock:
             claudes = [*self.live, *self.dying]
         for claude in claudes:
             claude.stop(how)
 
     def close(self) -> None:
+        self.selector.close()
         shutil.rmtree(self.home, ignore_errors=True)
 
 
+def is_fit(claude: Claude, program: Program) -> bool:
+    """Whether a spare is alive, and of the CLI that is installed now."""
+    return claude.program == program and claude.process.poll() is None
+
+
 # ── Response ───────────────────────────────────────────────────────────────────────
-# CLI lines -> OpenAI chunks. Pure: ids and times are passed in. A new kind of line or
-# event is skipped until it has a row in Answer.LINES or Answer.EVENTS.
+# CLI lines -> OpenAI chunks. Pure: ids and times are passed in. A kind of line or event
+# is skipped until it has a row in Answer.LINES or Answer.EVENTS.
 
 FINISH_REASONS = {  # the Messages API's stop_reason -> OpenAI's finish_reason
     "end_turn": "stop",
@@ -1466,96 +1479,90 @@ FINISH_REASONS = {  # the Messages API's stop_reason -> OpenAI's finish_reason
     "tool_use": "tool_calls",
     "refusal": "content_filter",
 }
+# After these the CLI is done or waits for us, unless it has nothing to show; after all
+# others, and with a schema, it goes on with a request of its own.
+CALM_STOPS = ("end_turn", "stop_sequence", "tool_use")
+Deltas = Optional[List[Json]]
 
 
 class Answer:
     """One choice in the making: feed() takes a CLI line and returns OpenAI deltas.
 
-    `finish_reason` is set when it is complete; `calm` then tells whether the CLI has
-    nothing left to do. Where a broken stream is told again from its start, by the CLI's
-    retry, only what was not said yet comes out: `said` is what did, by channel
-    ("content", "reasoning_content" or the index of a tool call), `again` what is still
-    to be skipped.
+    `finish_reason` is set when it is complete; `calm` tells whether the CLI would now
+    keep still. When a stream breaks, the CLI has the answer told again from its start,
+    and only what is new comes out: `said` is what was told, by channel ("content",
+    "reasoning_content" or the index of a tool call), `again` what is still to be
+    skipped of it.
     """
 
     def __init__(self, ask: Ask, index: int = 0, now: float = 0.0):
-        self.index = index
-        self.stops = ask.stops
-        self.names = ask.names
-        self.structured = bool(ask.setup.schema)
-        self.now = now
+        self.index, self.now = index, now
+        self.stops, self.names = ask.stops, ask.names
+        self.structured = ask.setup.schema is not None
         self.model = ""
         self.usage: Json = {}
         self.finish_reason: Optional[str] = None
         self.calm = False
         self.calls: List[Json] = []  # {id, name}
-        self.thinking: List[Json] = []  # finished blocks, with signature
-        self.category: Optional[str] = None  # of a failure to come
-        self.resets_at: Optional[float] = None  # of the rate limit, epoch seconds
-        self.begun = False
-        self.held = ""  # text that may be the beginning of a stop string
+        self.thinking: List[Json] = []  # finished blocks, with their signatures
+        self.category: Any = None  # of a failure to come
+        self.resets_at = 0.0  # when the rate limit ends, epoch seconds
         self.said: Dict[Any, List[str]] = {}
         self.again: Dict[Any, str] = {}
+        self.held = ""  # text that may be the beginning of a stop string
         self.block: Json = {}  # the open content block
         self.channel: Any = None  # where its deltas go
-        self.call_count = 0  # of the message as it is being told
+        self.call_count = 0  # in the message as it is being told
 
     def feed(self, line: Json) -> List[Json]:
-        """Raises APIError for what the CLI tells of a failure."""
+        """Raises APIError for a failure that the CLI tells of, 502 for a line of a
+        known kind whose shape is not."""
         try:
             handler = self.LINES.get(line["type"])
-            return handler(self, line) or [] if handler else []
+            return (handler(self, line) if handler else None) or []
         except (KeyError, TypeError, AttributeError, IndexError):
-            message = "The Claude CLI printed a line of unknown shape."
-            raise APIError(502, message, "api_error") from None
+            raise bad_gateway("The Claude CLI printed a line of unknown shape.") from None
 
-    def on_event(self, line: Json) -> Optional[List[Json]]:
-        if line.get("parent_tool_use_id"):
-            return None
+    def on_event(self, line: Json) -> Deltas:
         event = line["event"]
         handler = self.EVENTS.get(event["type"])
-        return handler(self, event) if handler else None
+        if handler is None or line.get("parent_tool_use_id"):
+            return None
+        return handler(self, event)
 
-    def on_message_start(self, event: Json) -> Optional[List[Json]]:
-        message = event["message"]
-        self.model = message["model"]
-        self.usage = dict(message["usage"])
+    def on_message_start(self, event: Json) -> Deltas:
+        first = not self.model
+        self.model, self.usage = event["message"]["model"], event["message"]["usage"]
         self.again = {key: "".join(parts) for key, parts in self.said.items() if parts}
         self.call_count, self.thinking = 0, []
-        if self.begun:
-            return None
-        self.begun = True
-        return [{"role": "assistant", "content": ""}]
+        return [{"role": "assistant", "content": ""}] if first else None
 
-    def on_block_start(self, event: Json) -> Optional[List[Json]]:
+    def on_block_start(self, event: Json) -> Deltas:
         self.block = block = dict(event["content_block"])
         kind = block["type"]
-        self.channel = None
-        if kind == "text":
+        if kind != "tool_use":
+            channels = {"text": "content", "thinking": "reasoning_content"}
+            self.channel = channels.get(kind)
+        elif self.structured and block["name"] == STRUCTURED_OUTPUT:
             self.channel = "content"
-        elif kind == "thinking":
-            self.channel = "reasoning_content"
-        elif kind == "tool_use" and self.structured and block["name"] == STRUCTURED_OUTPUT:
-            self.channel = "content"
-        elif kind == "tool_use":
-            return self.call_start(block)
+        else:
+            return self.on_call(block)
         return None
 
-    def call_start(self, block: Json) -> Optional[List[Json]]:
+    def on_call(self, block: Json) -> Deltas:
         index = self.channel = self.call_count
         self.call_count += 1
         name = self.names.get(block["name"], block["name"])
-        if index < len(self.calls):  # told again: the first id stands
+        if index < len(self.calls):  # told again; the first id stands
             if self.calls[index]["name"] != name:
                 raise told_differently()
             return None
         self.calls.append({"id": block["id"], "name": name})
-        self.said[index] = []
         function = {"name": name, "arguments": ""}
         call = {"id": block["id"], "type": "function", "function": function}
         return [{"tool_calls": [{"index": index, **call}]}]
 
-    def on_block_delta(self, event: Json) -> Optional[List[Json]]:
+    def on_block_delta(self, event: Json) -> Deltas:
         delta = event["delta"]
         kind = delta["type"]
         if kind == "text_delta":
@@ -1570,56 +1577,54 @@ class Answer:
             self.block["signature"] += delta["signature"]
         return None
 
-    def on_block_stop(self, event: Json) -> Optional[List[Json]]:
-        kind = self.block.get("type")
-        if kind in ("thinking", "redacted_thinking"):
+    def on_block_stop(self, event: Json) -> Deltas:
+        if self.block["type"] in ("thinking", "redacted_thinking"):
             self.thinking.append(self.block)
-        if kind == "tool_use" and not self.block.get("told"):
-            return self.say(self.channel, json.dumps(self.block.get("input") or {}))
+        elif self.block["type"] == "tool_use" and "told" not in self.block:
+            return self.say(self.channel, json.dumps(self.block["input"]))
         return None
 
-    def on_message_delta(self, event: Json) -> Optional[List[Json]]:
-        for key, value in (event.get("usage") or {}).items():
-            if value is not None:
-                self.usage[key] = value
+    def on_message_delta(self, event: Json) -> Deltas:
+        usage = event.get("usage") or {}
+        told = {key: value for key, value in usage.items() if value is not None}
+        self.usage = {**self.usage, **told}
         reason = event["delta"].get("stop_reason")
         return self.finish(reason) if reason else None
 
-    def on_assistant(self, line: Json) -> Optional[List[Json]]:
-        """A finished block once more, the text of a failure, or, with a stop_reason of
-        its own, an answer that was not streamed."""
-        self.category = line.get("error") or self.category
+    def on_assistant(self, line: Json) -> Deltas:
+        """A finished block once more; or the text of a failure; or, with a stop_reason
+        of its own, an answer that was not streamed."""
         message = line["message"]
+        self.category = line.get("error") or self.category
         if self.category or not message.get("stop_reason"):
             return None
         deltas = self.on_message_start({"message": message}) or []
         for block in message["content"]:
             deltas += self.on_block_start({"content_block": block}) or []
-            text = block.get("text") or block.get("thinking")
-            if text and self.channel is not None:
-                deltas += self.say(self.channel, text) or []
+            if block["type"] in ("text", "thinking"):
+                deltas += self.say(self.channel, block[block["type"]]) or []
             deltas += self.on_block_stop({}) or []
         return deltas + (self.finish(message["stop_reason"]) or [])
 
-    def on_result(self, line: Json) -> None:
-        """The end of the turn; an answer would have been complete before."""
+    def on_result(self, line: Json) -> Deltas:
+        """The end of the turn. An answer would have been complete before."""
+        if not line.get("is_error"):
+            raise bad_gateway("Claude ended without an answer.")
+        words = line.get("terminal_reason"), self.category
         text = str(line.get("result") or "")
-        retry = self.resets_at - self.now if self.resets_at else None
-        if line.get("is_error"):
-            raise failure(line.get("api_error_status"), self.category, text, retry)
-        raise APIError(502, "Claude ended without an answer.", "api_error")
+        raise failure(line.get("api_error_status"), words, text, self.resets_at - self.now)
 
-    def on_system(self, line: Json) -> None:
-        """A retry to come: of use for the API's own troubles, not for a request's."""
-        if line.get("subtype") != "api_retry":
-            return
-        status = line["error_status"]
-        if isinstance(status, int) and status < 500:
-            text = f"The Claude API answered {status} ({line.get('error')})."
-            raise failure(status, line.get("error"), text, line["retry_delay_ms"] / 1000)
+    def on_system(self, line: Json) -> Deltas:
+        """A retry to come: it helps against the API's own troubles alone."""
+        if line.get("subtype") == "api_retry" and 400 <= (line["error_status"] or 0) < 500:
+            status, category = line["error_status"], line.get("error")
+            text = f"The Claude API answered {status} ({category})."
+            raise failure(status, (None, category), text, line["retry_delay_ms"] / 1000)
+        return None
 
-    def on_rate_limit(self, line: Json) -> None:
-        self.resets_at = line["rate_limit_info"].get("resetsAt")
+    def on_rate_limit(self, line: Json) -> Deltas:
+        self.resets_at = line["rate_limit_info"].get("resetsAt") or 0.0
+        return None
 
     EVENTS = {
         "message_start": on_message_start,
@@ -1636,7 +1641,7 @@ class Answer:
         "rate_limit_event": on_rate_limit,
     }
 
-    def say(self, channel: Any, text: str) -> Optional[List[Json]]:
+    def say(self, channel: Any, text: str) -> Deltas:
         """The delta for what is new of `text`."""
         if channel in self.again:
             text = self.unsaid(channel, text)
@@ -1651,48 +1656,45 @@ class Answer:
 
     def unsaid(self, channel: Any, text: str) -> str:
         """What is new of a text that is told again."""
-        said = self.again[channel]
         if channel == "reasoning_content":
-            return ""  # a second train of thought; the first one stays
-        if said.startswith(text):
-            self.again[channel] = said[len(text) :]
-            return ""
-        del self.again[channel]
+            return ""  # a second train of thought; the first one stands
+        said = self.again.pop(channel)
         if text.startswith(said):
             return text[len(said) :]
-        raise told_differently()
+        if not said.startswith(text):
+            raise told_differently()
+        self.again[channel] = said[len(text) :]
+        return ""
 
     def hold_back(self, text: str) -> str:
         """Cut at a stop string; keep what may become one, and half an emoji."""
-        if not (self.stops or self.held or "\ud800" <= text[-1:] <= "\udbff"):
+        half = "\ud800" <= text[-1:] <= "\udbff"
+        if not (self.stops or self.held or half):
             return text
         text = self.held + text
-        self.held = ""
-        found = [at for at in map(text.find, self.stops) if at >= 0]
+        found = [place for place in map(text.find, self.stops) if place >= 0]
         if found:
-            self.finish_reason, self.calm = "stop", True
+            self.held, self.finish_reason, self.calm = "", "stop", True
             return text[: min(found)]
-        keep = max((open_end(text, stop) for stop in self.stops), default=0)
-        keep = keep or int("\ud800" <= text[-1:] <= "\udbff")
+        keep = max([open_end(text, stop) for stop in self.stops] + [int(half)])
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
-    def finish(self, reason: str) -> Optional[List[Json]]:
+    def finish(self, reason: str) -> Deltas:
         """The message is complete: let go of what was held back."""
-        if self.finish_reason:  # cut at a stop string before
-            return None
+        if self.finish_reason:
+            return None  # it was cut at a stop string
         self.finish_reason = FINISH_REASONS.get(reason, "stop")
         if reason == "tool_use" and not self.calls:
-            self.finish_reason = "stop"  # the structured output's own tool
-        visible = self.calls or any(self.said.get("content", ()))
-        self.calm = bool(reason in CALM_STOPS and visible and not self.structured)
-        text, self.held = self.held, ""
-        return [{"content": text}] if text else None
+            self.finish_reason = "stop"  # it was the structured output's own tool
+        shown = self.calls or any(self.said.get("content", ()))
+        self.calm = bool(reason in CALM_STOPS and shown and not self.structured)
+        return [{"content": self.held}] if self.held else None
 
 
 def told_differently() -> APIError:
     message = "The connection broke, and Claude began another answer."
-    return APIError(502, message, "api_error", "stream_interrupted")
+    return bad_gateway(message, "stream_interrupted")
 
 
 def open_end(text: str, stop: str) -> int:
@@ -1705,30 +1707,28 @@ def open_end(text: str, stop: str) -> int:
 
 def openai_usage(usages: List[Json]) -> Json:
     """The Messages API's usage of each choice -> OpenAI's, summed. Its input_tokens
-    leave out what was read from or written to the prompt cache; OpenAI's do not."""
+    leave out what was read from, or written to, the prompt cache."""
 
     def total(*keys: str) -> int:
         return sum(usage.get(key) or 0 for usage in usages for key in keys)
 
     cached, written = "cache_read_input_tokens", "cache_creation_input_tokens"
     prompt, completion = total("input_tokens", cached, written), total("output_tokens")
-    told = [usage.get("output_tokens_details") or {} for usage in usages]
-    thought = [details.get("thinking_tokens") for details in told]
-    usage = {
+    details = [usage.get("output_tokens_details") or {} for usage in usages]
+    thought = [d["thinking_tokens"] for d in details if d.get("thinking_tokens") is not None]
+    reasoning = {"completion_tokens_details": {"reasoning_tokens": sum(thought)}}
+    return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": total(cached)},
+        **(reasoning if thought else {}),
     }
-    if any(isinstance(tokens, int) for tokens in thought):
-        reasoning = sum(tokens or 0 for tokens in thought)
-        usage["completion_tokens_details"] = {"reasoning_tokens": reasoning}
-    return usage
 
 
 @dataclass
 class Reply:
-    """What all chunks of a response have in common."""
+    """What the chunks of one response have in common."""
 
     id: str
     created: int
@@ -1736,88 +1736,72 @@ class Reply:
     with_usage: bool
 
     def chunk(self, choices: List[Json], usage: Optional[Json] = None) -> Json:
-        chunk = {
-            "id": self.id,
-            "object": "chat.completion.chunk",
-            "created": self.created,
-            "model": self.model,
-            "choices": choices,
-        }
-        return {**chunk, "usage": usage} if self.with_usage else chunk
+        chunk = {"id": self.id, "object": "chat.completion.chunk", "created": self.created}
+        chunk.update(model=self.model, choices=choices)
+        if self.with_usage:
+            chunk["usage"] = usage
+        return chunk
 
     def delta(self, index: int, delta: Json, finish_reason: Optional[str] = None) -> Json:
-        choice = {"index": index, "delta": delta, "finish_reason": finish_reason}
-        return self.chunk([choice])
+        return self.chunk([{"index": index, "delta": delta, "finish_reason": finish_reason}])
+
+
+class Folded:
+    """One choice's deltas, put together again."""
+
+    def __init__(self) -> None:
+        self.finish_reason: Optional[str] = None
+        self.texts: Dict[str, List[str]] = {}
+        self.calls: Dict[int, Json] = {}
+
+    def add(self, delta: Json) -> None:
+        for channel in ("content", "reasoning_content"):
+            if delta.get(channel):
+                self.texts.setdefault(channel, []).append(delta[channel])
+        for part in delta.get("tool_calls", ()):
+            call = self.calls.setdefault(part["index"], {"arguments": []})
+            call["arguments"].append(part["function"]["arguments"])
+            if "id" in part:
+                call.update(id=part["id"], name=part["function"]["name"])
+
+    def message(self) -> Json:
+        texts = {channel: "".join(parts) for channel, parts in self.texts.items()}
+        empty = None if self.calls else ""
+        message = {"role": "assistant", "content": empty, "refusal": None, **texts}
+        calls = []
+        for _, call in sorted(self.calls.items()):
+            function = {"name": call["name"], "arguments": "".join(call["arguments"])}
+            calls.append({"id": call["id"], "type": "function", "function": function})
+        return {**message, "tool_calls": calls} if calls else message
 
 
 def fold(chunks: Iterable[Json]) -> Json:
     """Chunks -> the completion that they would have been without `stream`."""
     chunk: Json = {}
-    choices: Dict[int, Json] = {}
+    folded: Dict[int, Folded] = {}
     for chunk in chunks:
         for part in chunk["choices"]:
-            blank = {"texts": {}, "calls": {}, "finish_reason": None}
-            choice = choices.setdefault(part["index"], blank)
-            choice["finish_reason"] = part["finish_reason"] or choice["finish_reason"]
-            gather(choice, part["delta"])
-    return {
-        **chunk,
-        "object": "chat.completion",
-        "choices": [
-            {
-                "index": index,
-                "message": message_of(choice),
-                "logprobs": None,
-                "finish_reason": choice["finish_reason"],
-            }
-            for index, choice in sorted(choices.items())
-        ],
-    }
-
-
-def gather(choice: Json, delta: Json) -> None:
-    for key in ("content", "reasoning_content"):
-        if delta.get(key):
-            choice["texts"].setdefault(key, []).append(delta[key])
-    for part in delta.get("tool_calls", ()):
-        call = choice["calls"].setdefault(part["index"], {"arguments": []})
-        call["arguments"].append(part["function"]["arguments"])
-        if "id" in part:
-            call.update(id=part["id"], name=part["function"]["name"])
-
-
-def message_of(choice: Json) -> Json:
-    """The assistant message that gather() collected."""
-    texts = {key: "".join(parts) for key, parts in choice["texts"].items()}
-    content = texts.get("content", None if choice["calls"] else "")
-    message: Json = {"role": "assistant", "content": content, "refusal": None}
-    if "reasoning_content" in texts:
-        message["reasoning_content"] = texts["reasoning_content"]
-    if choice["calls"]:
-        message["tool_calls"] = [
-            {
-                "id": call["id"],
-                "type": "function",
-                "function": {
-                    "name": call["name"],
-                    "arguments": "".join(call["arguments"]),
-                },
-            }
-            for _, call in sorted(choice["calls"].items())
-        ]
-    return message
+            choice = folded.setdefault(part["index"], Folded())
+            choice.add(part["delta"])
+            choice.finish_reason = part["finish_reason"] or choice.finish_reason
+    choices = [
+        {"index": i, "message": choice.message(), "logprobs": None,
+         "finish_reason": choice.finish_reason}
+        for i, choice in sorted(folded.items())
+    ]  # fmt: skip
+    return {**chunk, "object": "chat.completion", "choices": choices}
 
 
 # ── HTTP ───────────────────────────────────────────────────────────────────────────
-# To add an endpoint, add a method to Handler and a row to Handler.ROUTES. The guards
-# stand in one ladder, Handler.guard(), in the order in which they are asked.
+# To add an endpoint, add a method to Handler and a row to Handler.ROUTES. Who may ask is
+# one ladder, Handler.guard().
 
 
 class Gate:
     """At most `width` CLI processes at once; who waits is served in order.
 
-    `changed` guards `active` and `queue`, is owned by the Server, and is held only to
-    look at them; nothing is waited for under it but itself.
+    `changed` guards `active` and `queue`. Only waits for itself to change happen under
+    it, and no other lock is taken, so it can't deadlock.
     """
 
     def __init__(self, width: int):
@@ -1827,16 +1811,15 @@ class Gate:
         self.changed = threading.Condition()
 
     def enter(self, places: int, client: socket.socket) -> Iterator[None]:
-        """Yield None while waiting. Raises APIError 429, Disconnected."""
+        """Yield while waiting. Raises APIError 429, Disconnected."""
         ticket = object()
         if places > self.width:
             raise bad("n", f"'n' must not exceed this server's limit of {self.width}.")
         with self.changed:
             if len(self.queue) >= self.width * QUEUE_PER_SLOT:
                 message = "Too many requests are waiting for this server."
-                raise APIError(
-                    429, message, "rate_limit_error", "queue_full", retry_after=5
-                )
+                code = "queue_full"
+                raise APIError(429, message, "rate_limit_error", code, Retry_After="5")
             self.queue.append(ticket)
         try:
             while not self.admitted(ticket, places):
@@ -1849,14 +1832,14 @@ class Gate:
                 self.changed.notify_all()
 
     def admitted(self, ticket: object, places: int) -> bool:
-        """Whether it is this one's turn now, or within a tick."""
+        """Whether it is this one's turn, now or within a tick."""
+
+        def is_next() -> bool:
+            return self.queue[0] is ticket and self.active + places <= self.width
+
         with self.changed:
-            its_turn = self.changed.wait_for(
-                lambda: self.queue[0] is ticket and self.active + places <= self.width,
-                TICK_SECONDS,
-            )
-            if its_turn:
-                self.active += places
+            its_turn = self.changed.wait_for(is_next, TICK_SECONDS)
+            self.active += places if its_turn else 0
             return its_turn
 
     def leave(self, places: int) -> None:
@@ -1864,69 +1847,82 @@ class Gate:
             self.active -= places
             self.changed.notify_all()
 
-    def idle(self, seconds: float) -> bool:
-        """Wait until nothing is active."""
+    def is_idle(self, seconds: float) -> bool:
+        """Whether nothing is active any more, now or within some seconds."""
         with self.changed:
             return self.changed.wait_for(lambda: not self.active, seconds)
 
 
-def has_left(client: socket.socket) -> bool:
-    with selectors.DefaultSelector() as selector:
-        selector.register(client, selectors.EVENT_READ)
-        with contextlib.suppress(OSError):
-            return bool(selector.select(0)) and not client.recv(1, socket.MSG_PEEK)
-    return True
-
-
 class Server(http.server.ThreadingHTTPServer):
-    """The shared state: Settings, Gate, Keeper, and what past answers taught."""
+    """The shared state: Settings, Gate, Keeper, and what past answers taught.
+
+    Its other attributes are single values or dicts that threads set and read whole,
+    which needs no lock.
+    """
 
     daemon_threads = True
     block_on_close = False
-    allow_reuse_address = True
     request_queue_size = 512
-    timeout = TICK_SECONDS  # of handle_request(), so that serve() looks around
 
     def __init__(self, settings: Settings):
         self.settings = settings
         self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         super().__init__((settings.host, settings.port), Handler)
         self.gate = Gate(settings.max_concurrency)
-        self.keeper = Keeper(settings.claude)
+        self.keeper = Keeper(settings.claude, settings.spares)
         self.origins = {o.strip() for o in settings.allow_origin.split(",") if o.strip()}
-        self.thoughts: Dict[str, List[Json]] = {}  # tool call id -> thinking blocks
+        self.thoughts: Dict[str, List[Json]] = {}  # id of a tool call -> thinking blocks
         self.rate_limit: Optional[Json] = None
         self.started = time.monotonic()
         self.stopping = False
+        self.woken, self.waker = socket.socketpair()  # ends the main thread's wait
+        for end in (self.woken, self.waker):
+            end.setblocking(False)
 
     def server_bind(self) -> None:
         """Without HTTPServer's getfqdn(), which can wait for a name server."""
-        socketserver_bind = super(http.server.HTTPServer, self).server_bind
-        socketserver_bind()
+        super(http.server.HTTPServer, self).server_bind()
         self.server_name, self.server_port = self.server_address[:2]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that vanish are no news; the rest Handler.answer() has logged."""
+        """Handler.answer() has logged what is worth it; the rest are lost clients."""
+
+    def wake(self) -> None:
+        with contextlib.suppress(OSError):
+            self.waker.send(b"\0")
 
     def serve(self) -> None:
+        """The main thread's life: accept, feed the spares, reap; until `stopping`."""
+        selector = self.keeper.selector
+        selector.register(self.socket, selectors.EVENT_READ, self.accept)
+        selector.register(self.woken, selectors.EVENT_READ, lambda: self.woken.recv(4096))
         while not self.stopping:
-            self.handle_request()
+            for key, _ in selector.select(TICK_SECONDS):
+                if isinstance(key.data, Claude):
+                    self.keeper.feed(key)
+                else:
+                    key.data()
             self.keeper.tick()
+
+    def accept(self) -> None:
+        with contextlib.suppress(OSError):  # it was gone again; or no descriptor left
+            self.process_request(*self.get_request())
 
     def drain(self) -> None:
         """Give answers in flight a moment, then end every process."""
         self.server_close()
         deadline = time.monotonic() + DRAIN_SECONDS
-        while not self.gate.idle(TICK_SECONDS / 5) and time.monotonic() < deadline:
+        while not self.gate.is_idle(TICK_SECONDS / 5) and time.monotonic() < deadline:
             self.keeper.tick()
         self.keeper.stop_all(signal.SIGTERM)
-        deadline = time.monotonic() + TERM_SECONDS
         while self.keeper.live or self.keeper.dying:
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline + TERM_SECONDS:
                 self.keeper.stop_all(signal.SIGKILL)
             self.keeper.tick()
             time.sleep(0.01)
         self.keeper.close()
+        self.woken.close()
+        self.waker.close()
 
     def chunks(self, ask: Ask, client: socket.socket) -> Iterator[Optional[Json]]:
         """The answer to `ask`, chunk by chunk; None when there is nothing to say yet."""
@@ -1940,22 +1936,19 @@ class Server(http.server.ThreadingHTTPServer):
             for claude in claudes:
                 self.keeper.retire(claude)
             self.gate.leave(ask.n)
+            self.wake()
 
     def converse(
         self, ask: Ask, claudes: List[Claude], client: socket.socket
     ) -> Iterator[Optional[Json]]:
-        now = time.time()
-        reply = Reply(
-            id="chatcmpl-" + secrets.token_hex(12),
-            created=int(now),
-            model=ask.requested,
-            with_usage=ask.include_usage or not ask.stream,
-        )
+        now, folded = time.time(), Folded()
+        with_usage = ask.include_usage or not ask.stream
+        name = "chatcmpl-" + secrets.token_hex(12)
+        reply = Reply(name, int(now), ask.requested, with_usage)
         answers = {claude: Answer(ask, i, now) for i, claude in enumerate(claudes)}
-        with contextlib.closing(
-            listen(claudes, client, self.settings.timeout)
-        ) as lines:
-            for claude, line in lines:
+        heard = listen(claudes, client, self.settings.timeout)
+        with contextlib.closing(heard):
+            for claude, line in heard:
                 if claude is None:
                     yield None
                     continue
@@ -1967,15 +1960,16 @@ class Server(http.server.ThreadingHTTPServer):
                     claude.stop(signal.SIGTERM if answer.calm else signal.SIGKILL)
                 reply.model = answer.model or reply.model
                 for delta in deltas:
+                    folded.add(delta)
                     yield reply.delta(answer.index, delta)
                 if answer.finish_reason:
-                    self.remember(answer)
                     yield reply.delta(answer.index, {}, answer.finish_reason)
                 elif line["type"] == "rate_limit_event":
                     self.rate_limit = line["rate_limit_info"]
-        if reply.with_usage:
+        if with_usage:
             usages = [answer.usage for answer in answers.values()]
             yield reply.chunk([], openai_usage(usages))
+        self.learn(ask, list(answers.values()), folded.message())
 
     def died(self, claude: Claude) -> APIError:
         """The error for a process whose output ended before its answer did."""
@@ -1987,44 +1981,46 @@ class Server(http.server.ThreadingHTTPServer):
             log("claude: " + claude.complaint.decode("utf-8", "replace"))
         code = claude.process.returncode
         message = f"The Claude CLI ended (exit code {code}) before its answer did."
-        return APIError(502, message, "api_error", "cli_died")
+        return bad_gateway(message, "cli_died")
 
-    def remember(self, answer: Answer) -> None:
-        """Keep signed thinking for the tool loop's next request."""
+    def learn(self, ask: Ask, answers: List[Answer], message: Json) -> None:
+        """An answer is complete: keep its signed thinking for the tool loop's next
+        request, and let the Keeper get ready for it."""
         self.keeper.login = True
-        if answer.calls:
-            self.thoughts[answer.calls[0]["id"]] = answer.thinking
-            while len(self.thoughts) > MAX_THOUGHTS:
-                with contextlib.suppress(KeyError, RuntimeError):  # another was faster
-                    del self.thoughts[next(iter(self.thoughts))]
+        for answer in answers:
+            if answer.calls:
+                self.thoughts[answer.calls[0]["id"]] = answer.thinking
+        while len(self.thoughts) > MAX_THOUGHTS:
+            self.thoughts.pop(next(iter(list(self.thoughts))), None)
+        likely = "tool_calls" in message or len(ask.turns) > 1
+        script = Transcript(self.thoughts, ask.turns)
+        if likely and ask.n == 1:
+            script.add(message, "answer")
+        self.keeper.wish_for_next(ask, script.turns if len(script.turns) > len(ask.turns) else None)
 
     def health(self) -> Tuple[int, Json]:
         """-> (status, body) of /health."""
-        problem = ""
-        program = None
+        problem, program = "", None
         try:
             program = self.keeper.program()
-            problem = "" if self.keeper.ask_login() else LOGIN_CURE
+            problem = "" if self.keeper.has_login() else LOGIN_CURE
         except APIError as error:
             problem = str(error)
-        return (503 if problem else 200), {
-            "status": "error" if problem else "ok",
-            **({"message": problem} if problem else {}),
-            "version": __version__,
-            "claude": {
-                "path": program.path if program else None,
-                "version": program.version_text if program else None,
-                "logged_in": self.keeper.login if program else None,
-            },
-            "active": self.gate.active,
-            "waiting": len(self.gate.queue),
-            "rate_limit": self.rate_limit,
-            "uptime": round(time.monotonic() - self.started),
+        claude = {
+            "path": program.path if program else None,
+            "version": program.version_text if program else None,
+            "logged_in": self.keeper.login if program else None,
         }
+        body = {"status": "error" if problem else "ok", "version": __version__}
+        body.update({"message": problem} if problem else {}, claude=claude)
+        body.update(active=self.gate.active, waiting=len(self.gate.queue))
+        body.update(spares=len(self.keeper.spares), rate_limit=self.rate_limit)
+        body.update(uptime=round(time.monotonic() - self.started))
+        return (503 if problem else 200), body
 
 
 class TimedReader(io.RawIOBase):
-    """A socket for reading with a deadline for the whole request, so that a byte now
+    """A socket to read from, with a deadline for a whole request, so that a byte now
     and then does not keep a thread for ever."""
 
     def __init__(self, connection: socket.socket):
@@ -2042,17 +2038,15 @@ class TimedReader(io.RawIOBase):
         self.connection.settimeout(left)
         count = self.connection.recv_into(buffer)
         if self.deadline is None:
-            self.deadline = time.monotonic() + HEADER_SECONDS
+            self.deadline = time.monotonic() + REQUEST_SECONDS
         return count
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection. Every way out of a request is one of send_json(), stream() and
-    fail(); each request is logged once, by answer()."""
+    """One connection. A request leaves by send_json() or stream(), a refused one by
+    fail(); answer() logs each one, once."""
 
     protocol_version = "HTTP/1.1"
-    server_version = "claude_max_proxy/" + __version__
-    sys_version = ""
     disable_nagle_algorithm = True  # a token must not wait for the next one
     server: Server
 
@@ -2063,8 +2057,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         self.reader.deadline = None
-        self.body_unread = False
-        self.log_fields: Json = {}
+        self.notes: Json = {}  # for the log
+        self.status = 0
+        self.body_unread = self.streaming = self.chunked = False
         try:
             super().handle_one_request()
         except OSError:  # gone, or too slow: there is nobody to tell
@@ -2073,21 +2068,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer(self) -> None:
         """Any method of any path."""
         begun = time.monotonic()
-        self.status = 0
         self.body_unread = "Content-Length" in self.headers or self.is_chunked()
         try:
             self.route()
         except APIError as error:
             self.fail(error)
         except (Disconnected, OSError):
-            self.status = self.status or 499
+            self.status = self.status or 499  # nginx's word for a client that left
             self.close_connection = True
         except Exception as error:  # a bug of ours must not look like a hang-up
             trace = error.__traceback__
             while trace and trace.tb_next:
                 trace = trace.tb_next
-            line = trace.tb_lineno if trace else 0
-            log(f"internal error: {type(error).__name__} in line {line}")
+            where = f"line {trace.tb_lineno}" if trace else "?"
+            log(f"internal error: {type(error).__name__}, {where}")  # no prompt text
             self.fail(APIError(500, "Internal error of the proxy.", "api_error"))
         self.log_answer(time.monotonic() - begun)
         self.skip_body()
@@ -2100,62 +2094,55 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path = path[len("/v1") :] if path.startswith("/v1/") else path
         if path.startswith("/models/"):
             path, self.model_id = "/models/", path[len("/models/") :]
-        allowed = self.ROUTES.get(path)
-        if allowed is None:
+        methods = self.ROUTES.get(path)
+        if methods is None:
             message = f"There is no {self.path[:100]} here. Try /v1/chat/completions."
             raise APIError(404, message, code="unknown_url")
         method = "GET" if self.command == "HEAD" else self.command
-        if method not in allowed:
-            methods = ", ".join([*allowed, *(["HEAD"] if "GET" in allowed else [])])
-            message = f"{self.command} is not allowed here; {methods} is."
-            raise APIError(405, message, headers={"Allow": methods})
-        allowed[method](self)
+        if method not in methods:
+            allowed = ", ".join([*methods, *(["HEAD"] if "GET" in methods else [])])
+            message = f"{self.command} is not allowed here; {allowed} is."
+            raise APIError(405, message, Allow=allowed)
+        methods[method](self)
 
     def guard(self) -> None:
-        """Who may ask: the ladder. Raises APIError, or answers a preflight."""
-        host = self.headers.get_all("Host") or []
-        if len(host) > 1 or (not host and self.request_version != "HTTP/1.0"):
+        """Who may ask. Raises APIError 400, 401, 403, 503."""
+        hosts = self.headers.get_all("Host") or []
+        if len(hosts) > 1 or (not hosts and self.request_version != "HTTP/1.0"):
             raise APIError(400, "A request needs one Host header.")
-        if host and not self.is_our_name(host[0]):
-            raise APIError(403, "This Host is not served.", "permission_error")
+        if hosts and not self.is_our_name(hosts[0]):
+            raise forbidden("This Host is not served.")
         origin = self.headers.get("Origin")
         if origin is not None and not self.is_allowed_origin(origin):
-            message = "This web origin may not ask. See --allow-origin."
-            raise APIError(403, message, "permission_error", "origin_not_allowed")
-        site = self.headers.get("Sec-Fetch-Site", "none")
-        if origin is None and site == "cross-site":
-            message = "Web pages of other sites may not ask."
-            raise APIError(403, message, "permission_error", "origin_not_allowed")
-        if self.server.stopping:
-            raise unavailable("The server is stopping.", "stopping")
+            raise forbidden("This web origin may not ask; see --allow-origin.")
+        if origin is None and self.headers.get("Sec-Fetch-Site") == "cross-site":
+            raise forbidden("Web pages of other sites may not ask.")
         key = self.server.settings.api_key
         if key and self.command != "OPTIONS":
             given = self.headers.get("Authorization", "").partition(" ")[2].strip()
             given = given or self.headers.get("X-Api-Key", "")
             if not hmac.compare_digest(given.encode(), key.encode()):
-                message = "Incorrect API key: this server was started with --api-key."
-                raise APIError(401, message, "authentication_error", "invalid_api_key")
+                message, code = "Incorrect API key provided.", "invalid_api_key"
+                raise APIError(401, message, "authentication_error", code)
+        if self.server.stopping:
+            raise unavailable("The server is stopping.", "stopping")
 
     def is_our_name(self, host: str) -> bool:
-        """Against DNS rebinding: a foreign name that was made to mean our address. With
-        an API key on all interfaces any name will do; the key guards."""
-        name = re.sub(r":\d*$", "", host.strip().lower())
+        """Against DNS rebinding: a foreign name that was made to mean our address. On
+        all interfaces, where a key is a must, the key guards."""
+        name = re.sub(r":\d*$", "", host.strip().lower()).strip("[]")
         bound = self.server.settings.host.lower()
-        if bound in ("0.0.0.0", "::", ""):
-            return True
-        return is_loopback(name.strip("[]")) or name.strip("[]") == bound
+        return bound in ("0.0.0.0", "::") or is_loopback(name) or name == bound
 
     def is_allowed_origin(self, origin: str) -> bool:
         """This machine's pages, applications, and what --allow-origin names."""
-        if origin in self.server.origins:
-            return True
-        scheme, _, rest = origin.partition("://")
-        if scheme in ("http", "https"):
-            return is_loopback(re.sub(r":\d*$", "", rest.lower()).strip("[]"))
-        return bool(rest)  # app://, vscode-webview://, …; but not "null"
+        scheme, _, rest = origin.lower().partition("://")
+        if origin in self.server.origins or scheme not in ("http", "https"):
+            return bool(rest)  # app://, vscode-webview://, …; but not "null"
+        return is_loopback(re.sub(r":\d*$", "", rest).strip("[]"))
 
     def preflight(self) -> None:
-        """CORS (Fetch standard, 3.3): what the browser asks before the request."""
+        """CORS (Fetch standard, 3.3): what a browser asks before the request."""
         asked = self.headers.get("Access-Control-Request-Headers", "*")
         headers = {
             "Access-Control-Allow-Methods": "GET, POST",
@@ -2179,9 +2166,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def post_chat(self) -> None:
         ask = parse_request(self.read_json(), self.server.thoughts)
-        self.log_fields["model"] = ask.requested[:60]
-        chunks = self.server.chunks(ask, self.connection)
-        with contextlib.closing(self.watched(chunks)) as chunks:
+        self.notes["model"] = ask.requested[:60]
+        chunks = self.noted(self.server.chunks(ask, self.connection))
+        with contextlib.closing(chunks):
             if ask.stream:
                 self.stream(chunks)
             else:
@@ -2194,20 +2181,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         "/chat/completions": {"POST": post_chat, "OPTIONS": preflight},
     }
 
-    def watched(self, chunks: Iterator[Optional[Json]]) -> Iterator[Optional[Json]]:
-        """The chunks as they are; what the log line will say is noted in passing."""
+    def noted(self, chunks: Iterator[Optional[Json]]) -> Iterator[Optional[Json]]:
+        """The chunks as they are; what the log will say of them is noted in passing."""
         begun = time.monotonic()
         with contextlib.closing(chunks):
             for chunk in chunks:
-                if chunk and "first" not in self.log_fields:
-                    self.log_fields["first"] = f"{time.monotonic() - begun:.3f}"
-                    self.log_fields["model"] = chunk["model"]
-                if chunk and chunk.get("usage"):
-                    usage = chunk["usage"]
-                    self.log_fields["in"] = usage["prompt_tokens"]
-                    details = usage["prompt_tokens_details"]
-                    self.log_fields["cached"] = details["cached_tokens"]
-                    self.log_fields["out"] = usage["completion_tokens"]
+                if chunk and "first" not in self.notes:
+                    first = f"{time.monotonic() - begun:.3f}"
+                    self.notes.update(model=chunk["model"], first=first)
+                usage = chunk and chunk.get("usage")
+                if usage:
+                    cached = usage["prompt_tokens_details"]["cached_tokens"]
+                    self.notes.update({"in": usage["prompt_tokens"], "cached": cached})
+                    self.notes["out"] = usage["completion_tokens"]
                 yield chunk
 
     # Reading.
@@ -2216,14 +2202,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return "Transfer-Encoding" in self.headers
 
     def handle_expect_100(self) -> bool:
-        """"100 Continue" is sent by read_body(), after the guards."""
+        """Leave "100 Continue" to read_body(): it comes after the guards."""
         return True
 
     def read_json(self) -> Any:
         """The request body. Raises APIError 400, 413, 415."""
         browser = "Origin" in self.headers or "Sec-Fetch-Site" in self.headers
-        kind = self.headers.get_content_type()
-        if browser and kind != "application/json":
+        if browser and self.headers.get_content_type() != "application/json":
             raise APIError(415, "Content-Type must be application/json.")
         raw = self.read_body()
         self.body_unread = False
@@ -2232,24 +2217,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except RecursionError:
             raise bad("", "The JSON is nested too deeply.") from None
         except ValueError:
-            message = "The request body is not valid JSON in UTF-8."
-            raise bad("", message) from None
+            raise bad("", "The request body is not valid JSON in UTF-8.") from None
 
     def read_body(self) -> bytes:
-        """Content-Length or chunked (RFC 9112, 6 and 7.1), never both."""
-        lengths = set(self.headers.get_all("Content-Length") or [])
+        """By Content-Length or chunked (RFC 9112, 6 and 7.1), never both."""
+        lengths = self.headers.get_all("Content-Length") or []
         coding = self.headers.get("Transfer-Encoding", "").strip().lower()
-        if (coding and lengths) or coding not in ("", "chunked") or len(lengths) > 1:
-            raise self.framing_error("The request body's length is ambiguous.")
-        length = lengths.pop() if lengths else "0"
+        if len(lengths) + bool(coding) > 1 or coding not in ("", "chunked"):
+            raise bad("", "The length of the request body is ambiguous.")
+        length = lengths[0].strip() if lengths else "0"
         if not re.fullmatch(r"[0-9]{1,18}", length):
-            raise self.framing_error("Content-Length must be a number.")
+            raise bad("", "Content-Length must be a number.")
         if int(length) > MAX_BODY:
             raise too_large()
         if self.headers.get("Expect", "").lower() == "100-continue":
-            self.send_response_only(100)
-            self.end_headers()
-        self.reader.deadline = time.monotonic() + HEADER_SECONDS
+            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.reader.deadline = time.monotonic() + REQUEST_SECONDS
         raw = self.read_chunked() if coding else self.rfile.read(int(length))
         if len(raw) < int(length):
             raise Disconnected
@@ -2258,10 +2241,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def read_chunked(self) -> bytes:
         parts, total = [], 0
         while True:
-            line = self.rfile.readline(1024)
-            size = re.match(rb"([0-9a-fA-F]{1,8})[ \t]*(;.*)?\r?\n", line)
+            size = re.match(rb"([0-9a-fA-F]{1,8})[ \t]*(;.*)?\r?\n", self.rfile.readline(1024))
             if not size:
-                raise self.framing_error("The chunked body is malformed.")
+                raise bad("", "The chunked request body is malformed.")
             count = int(size[1], 16)
             total += count
             if total > MAX_BODY:
@@ -2269,72 +2251,55 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not count:
                 break
             parts.append(self.rfile.read(count))
-            if len(parts[-1]) < count or self.rfile.readline(3) not in (b"\r\n", b"\n"):
-                raise self.framing_error("The chunked body is malformed.")
+            if self.rfile.readline(2) not in (b"\r\n", b"\n"):
+                raise bad("", "The chunked request body is malformed.")
         for _ in range(100):  # trailers
             if self.rfile.readline(1 << 16) in (b"\r\n", b"\n", b""):
                 return b"".join(parts)
-        raise self.framing_error("The chunked body has too many trailers.")
-
-    def framing_error(self, message: str) -> APIError:
-        self.close_connection = True  # where the next request begins is unknown
-        return APIError(400, message)
+        raise bad("", "The chunked request body has too many trailers.")
 
     def skip_body(self) -> None:
-        """An early answer must not be lost in a reset: give the client a moment to
-        send the rest, which nobody reads, and hang up."""
+        """An early answer must not be lost in a reset: let the client send the rest for
+        a moment, which nobody reads, and hang up."""
         if not self.body_unread:
             return
         self.close_connection = True
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
             self.reader.deadline = time.monotonic() + 2
-            expects = self.headers.get("Expect")
-            while not expects and self.rfile.read1(1 << 16):
+            while "Expect" not in self.headers and self.rfile.read1(1 << 16):
                 pass
 
     # Writing.
 
-    def send_json(
-        self, status: int, body: Any, headers: Optional[Dict[str, str]] = None
-    ) -> None:
+    def send_json(self, status: int, body: Any, headers: Optional[Json] = None) -> None:
         data = b"" if body is None else json.dumps(body).encode()
         head = {"Content-Length": str(len(data)), **(headers or {})}
         if data:
             head["Content-Type"] = "application/json"
-        self.start_response(status, head)
-        if self.command == "HEAD":
-            data = b""
-        self.send(self.header_bytes() + data)
+        self.send(self.head(status, head) + (b"" if self.command == "HEAD" else data))
 
-    def start_response(self, status: int, headers: Dict[str, str]) -> None:
+    def head(self, status: int, headers: Json) -> bytes:
+        """Status line and headers, to go out in one piece with what follows."""
         self.status = status
-        self.send_response_only(status)
-        self.send_header("Date", self.date_time_string())
-        for name, value in headers.items():
-            self.send_header(name, value)
-        origin = self.headers.get("Origin") if hasattr(self, "headers") else None
+        common = {"Date": self.date_time_string(), "Vary": "Origin"}
+        origin = self.headers.get("Origin") if self.headers else None
         if origin is not None and self.is_allowed_origin(origin):
-            self.send_header("Access-Control-Allow-Origin", origin)
-        self.send_header("Vary", "Origin")
-        self.send_header("X-Content-Type-Options", "nosniff")
+            common["Access-Control-Allow-Origin"] = origin
         if self.close_connection or self.body_unread:
-            self.send_header("Connection", "close")
-
-    def header_bytes(self) -> bytes:
-        """What send_header() gathered, to go out in one packet with the body."""
-        data = b"".join(self._headers_buffer) + b"\r\n"
-        self._headers_buffer = []
-        return data
+            common["Connection"] = "close"
+        reason = self.responses[status][0] if status in self.responses else ""
+        lines = [f"{self.protocol_version} {status} {reason}"]
+        lines += [f"{name}: {text}" for name, text in {**common, **headers}.items()]
+        return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace")
 
     def send(self, data: bytes) -> None:
-        self.connection.settimeout(HEADER_SECONDS)
+        self.connection.settimeout(WRITE_SECONDS)
         self.connection.sendall(data)
 
     def stream(self, chunks: Iterator[Optional[Json]]) -> None:
         """Server-sent events. The status line waits for the first sign of life, so that
-        a failure before it has its own."""
-        self.streaming = False
+        a failure before it has a status of its own."""
         alive = time.monotonic() + ALIVE_SECONDS
         try:
             for chunk in chunks:
@@ -2352,19 +2317,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             self.event("[DONE]")
         if self.chunked:
-            self.send(b"0\r\n\r\n")
+            self.connection.sendall(b"0\r\n\r\n")
 
     def still_alive(self) -> Json:
         """A chunk that changes nothing. (A comment would not reset the watchdogs of
         some clients.)"""
-        model = self.log_fields["model"]
-        reply = Reply("chatcmpl-0", int(time.time()), model, with_usage=False)
+        reply = Reply("chatcmpl-wait", int(time.time()), self.notes["model"], False)
         return reply.delta(0, {"content": ""})
 
     def event(self, text: str) -> None:
-        data = f"data: {text}\n\n".encode()
         if not self.streaming:
             self.start_stream()
+        data = f"data: {text}\n\n".encode()
         if self.chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data)
         self.connection.sendall(data)
@@ -2372,13 +2336,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def start_stream(self) -> None:
         self.streaming = True
         self.chunked = self.request_version != "HTTP/1.0"
+        self.close_connection = self.close_connection or not self.chunked
         headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
-        if self.chunked:
-            headers["Transfer-Encoding"] = "chunked"
-        else:
-            self.close_connection = True
-        self.start_response(200, headers)
-        self.send(self.header_bytes())
+        headers.update({"Transfer-Encoding": "chunked"} if self.chunked else {})
+        self.send(self.head(200, headers))
 
     def fail(self, error: APIError) -> None:
         """The one renderer of errors."""
@@ -2388,17 +2349,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def send_error(self, code: int, message: Any = None, explain: Any = None) -> None:
         """http.server's own complaints about a malformed request, in our shape."""
         self.close_connection = True
-        text = str(message or http.server.BaseHTTPRequestHandler.responses[code][0])
-        self.request_version = getattr(self, "request_version", "HTTP/1.0")
-        self.command = getattr(self, "command", None) or "-"
-        self.fail(APIError(int(code), text[:200]))
+        self.headers = getattr(self, "headers", None)
+        self.fail(APIError(int(code), str(message or self.responses[code][0])[:200]))
         self.log_answer(0.0)
 
     def log_answer(self, seconds: float) -> None:
-        """status method path, then what is known as name=value."""
-        path = re.sub(r"[^!-~]", "?", getattr(self, "path", "-").split("?")[0])[:80]
-        fields = "".join(f" {k}={v}" for k, v in self.log_fields.items())
-        log(f"{self.status} {self.command} {path}{fields} total={seconds:.3f}")
+        """Time, status, method, path; then what is known, as name=value."""
+        path = re.sub(r"[^!-~]", "?", getattr(self, "path", "?").split("?")[0])[:80]
+        notes = "".join(f" {name}={value}" for name, value in self.notes.items())
+        log(f"{self.status} {self.command or '?'} {path}{notes} total={seconds:.3f}")
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: log_answer() has one line for each request."""
@@ -2406,6 +2365,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 def model_object(name: str) -> Json:
     return {"id": name, "object": "model", "created": 0, "owned_by": "anthropic"}
+
+
+def forbidden(message: str) -> APIError:
+    return APIError(403, message, "permission_error", "origin_not_allowed")
 
 
 def too_large() -> APIError:
@@ -2417,8 +2380,8 @@ LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def parse_json(raw: bytes) -> Any:
-    """JSON in UTF-8 (RFC 8259), without NaN and Infinity. A half of a surrogate pair,
-    which the API refuses, becomes U+FFFD. Raises ValueError, RecursionError."""
+    """JSON in UTF-8 (RFC 8259), so without NaN. Half a surrogate pair, which the API
+    refuses, becomes U+FFFD. Raises ValueError, RecursionError."""
 
     def refuse(name: str) -> Any:
         raise ValueError(name)
@@ -2432,9 +2395,8 @@ def parse_json(raw: bytes) -> Any:
 
 def log(text: str) -> None:
     """A line on stderr. Never prompt text."""
-    line = f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text.strip()}\n"
     with contextlib.suppress(OSError, ValueError):  # a closed stderr stops nobody
-        sys.stderr.write(line)
+        sys.stderr.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text.strip()}\n")
         sys.stderr.flush()
 
 
@@ -2452,33 +2414,8 @@ def raise_file_limit() -> None:
 
 
 def withheld_note() -> str:
-    found = [name for name in WITHHELD if os.environ.get(name)]
-    return f"{', '.join(found)} is set; it is not handed to Claude Code." if found else ""
-
-
-def run_checks(settings: Settings) -> int:
-    """--check: a line for each thing that must be right -> the exit code."""
-    keeper = Keeper(settings.claude)
-    try:
-        program = keeper.program()
-        ok = keeper.ask_login()
-        print(f"ok       Claude Code {program.version_text} at {program.path}")
-        print("ok       logged in" if ok else f"problem  {LOGIN_CURE}")
-    except APIError as error:
-        ok = False
-        print(f"problem  {error}")
-    finally:
-        keeper.close()
-    try:
-        with socket.create_server((settings.host, settings.port)):
-            print(f"ok       port {settings.port} is free")
-    except OSError as error:
-        ok = False
-        print(f"problem  {bind_problem(settings, error)}")
-    print(f"ok       Python {sys.version.split()[0]}")
-    if withheld_note():
-        print(f"note     {withheld_note()}")
-    return 0 if ok else 1
+    found = ", ".join(name for name in WITHHELD if os.environ.get(name))
+    return f"{found} is set; it is not handed to Claude Code." if found else ""
 
 
 def bind_problem(settings: Settings, error: OSError) -> str:
@@ -2486,6 +2423,33 @@ def bind_problem(settings: Settings, error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
         return f"{where} is in use: stop what listens there, or choose another --port."
     return f"can't listen on {where}: {error.strerror or error}."
+
+
+def run_checks(settings: Settings) -> int:
+    """--check: a line for each thing that must be right -> the exit code."""
+    problems = []
+
+    def say(problem: str, fine: str) -> None:
+        problems.extend([problem] if problem else [])
+        print(f"problem  {problem}" if problem else f"ok       {fine}")
+
+    keeper = Keeper(settings.claude)
+    say("", f"Python {sys.version.split()[0]}")
+    try:
+        program = keeper.program()
+        say("", f"Claude Code {program.version_text} at {program.path}")
+        say("" if keeper.has_login() else LOGIN_CURE, "logged in")
+    except APIError as error:
+        say(str(error), "")
+    keeper.close()
+    try:
+        with socket.create_server((settings.host, settings.port)):
+            say("", f"port {settings.port} is free")
+    except OSError as error:
+        say(bind_problem(settings, error), "")
+    if withheld_note():
+        print(f"note     {withheld_note()}")
+    return 1 if problems else 0
 
 
 def announce(server: Server) -> None:
@@ -2496,16 +2460,15 @@ def announce(server: Server) -> None:
     try:
         program = server.keeper.program()
         log(f"Claude Code {program.version_text} at {program.path}")
-        if not server.keeper.ask_login():
-            log(LOGIN_CURE)
+        log("logged in" if server.keeper.has_login() else LOGIN_CURE)
     except APIError as error:
         log(str(error))
     if withheld_note():
         log(withheld_note())
 
 
-def main(argv: Optional[List[str]] = None) -> int:
-    settings, check_only = parse_arguments(sys.argv[1:] if argv is None else argv)
+def main() -> int:
+    settings, check_only = parse_arguments(sys.argv[1:])
     if check_only:
         return run_checks(settings)
     raise_file_limit()
@@ -2516,11 +2479,12 @@ def main(argv: Optional[List[str]] = None) -> int:
         return 2
 
     def stop(number: int, frame: Any) -> None:
-        if server.stopping:  # a second signal: at once
+        if server.stopping:  # the second signal: at once
             server.keeper.stop_all(signal.SIGKILL)
             server.keeper.close()
             os._exit(1)
         server.stopping = True
+        server.wake()
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)

@@ -100,9 +100,10 @@ class StandIn:
         sys.stdout.write((line if isinstance(line, str) else json.dumps(line)) + "\n")
         sys.stdout.flush()
 
-    def result(self, text="", error=False, status=None, turns=1):
+    def result(self, text="", error=False, status=None, turns=1, reason="completed"):
         line = {"type": "result", "subtype": "success", "is_error": error, "result": text}
-        self.emit({**line, "api_error_status": status, "num_turns": turns})
+        line.update(api_error_status=status, num_turns=turns, terminal_reason=reason)
+        self.emit(line)
 
     def run(self):
         for raw in sys.stdin:
@@ -224,7 +225,7 @@ def misbehave(cli, wish):
         said = {"model": "<synthetic>", "content": [], "stop_reason": "stop_sequence"}
         cli.emit({"type": "assistant", "error": category, "message": said})
         status = json.loads(wish.get("status", "null"))
-        cli.result("API Error: mock failure", error=True, status=status)
+        cli.result("API Error: mock failure", True, status, reason=wish.get("reason"))
         sys.exit(1)
     if "stderr" in wish:
         sys.stderr.write("x" * int(wish["stderr"]))
@@ -547,15 +548,15 @@ class Proxy:
     """A server in this process, on a port of its own."""
 
     def __init__(self, **settings):
-        settings = {"port": 0, "claude": stand_in_path(), **settings}
+        settings = {"port": 0, "claude": stand_in_path(), "spares": 0, **settings}
         self.server = proxy.Server(proxy.Settings(**settings))
         self.port = self.server.server_port
-        self.server.timeout = 0.02  # reap at once: tests wait for it
         self.thread = threading.Thread(target=self.server.serve)
         self.thread.start()
 
     def close(self):
         self.server.stopping = True
+        self.server.wake()
         self.thread.join()
         self.server.drain()
 
@@ -596,6 +597,7 @@ class Proxy:
 
     def quiet(self):
         keeper = self.server.keeper
+        self.server.wake()
         return not (self.server.gate.active or keeper.live or keeper.dying)
 
 
@@ -970,7 +972,7 @@ def test_nothing_of_a_request_is_in_argv(server):
 
 
 def test_the_environment_is_closed(make, monkeypatch):
-    for name in (*proxy.WITHHELD, *proxy.OWN_VARIABLES):
+    for name in (*proxy.WITHHELD, *proxy.SPAWN_VARIABLES):
         monkeypatch.setenv(name, "LEAK")
     monkeypatch.setenv("CLAUDE_CODE_OAUTH_TOKEN", "kept")
     told = make().told("x")
@@ -1000,8 +1002,8 @@ def test_the_working_directory_is_empty_and_private(make):
 )
 def test_typed_commands_are_text(text, old, new):
     content = text_blocks("first", text)
-    assert proxy.as_written(content, (2, 1, 197)) == text_blocks("first", *old)
-    assert proxy.as_written(content, (2, 1, 330)) == text_blocks("first", *new)
+    assert proxy.untyped(content, (2, 1, 197)) == text_blocks("first", *old)
+    assert proxy.untyped(content, (2, 1, 330)) == text_blocks("first", *new)
     assert proxy.turn_line({"role": "user", "content": content}, 0, (2, 1, 330))["client_composed"]
 
 
@@ -1098,6 +1100,7 @@ def test_failures_have_their_status(server, api, ours, stream):
         ("mock:category=model_not_found", 404, "model_not_found"),
         ("mock:category=overloaded", 503, "overloaded"),
         ("mock:category=news", 502, "upstream_error"),
+        ("mock:status=400 mock:reason=prompt_too_long", 400, "context_length_exceeded"),
         ("mock:retry=401", 401, "not_logged_in"),
         ("mock:retry=429", 429, "rate_limit_exceeded"),
         ("mock:exit=3", 502, "cli_died"),
@@ -1224,7 +1227,7 @@ def test_a_full_queue_is_429(make, monkeypatch):
 def test_no_cli_and_then_there_is_one(make, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(proxy, "PLACES", ["~/.local/bin/claude"])
+    monkeypatch.setattr(proxy, "PLACES", ["~/.local/bin"])
     one = make(claude="")
     reply = one.chat("hi")
     assert reply.status == 503 and "npm install" in reply.error["message"]
@@ -1417,7 +1420,7 @@ def sent(real):
 
 def client_turns(body):
     """The API request's turns without what the CLI adds: reminders and cache marks.
-    Neighbouring texts are joined: old CLIs get some in two pieces (as_written)."""
+    Neighbouring texts are joined: old CLIs get some in two pieces (untyped)."""
     turns = []
     for message in body["messages"]:
         blocks = []
