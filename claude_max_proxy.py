@@ -1403,13 +1403,14 @@ class Keeper:
         thread's part."""
         with self.lock:
             dying, self.dying = self.dying, []
-            wishes, self.wishes = self.wishes, []
         still = [claude for claude in dying if not claude.is_gone()]
         with self.lock:
             self.dying += still
-        for wish in wishes:
+        while self.wishes:
+            wish = self.wishes[0]
             with contextlib.suppress(APIError):  # the next request will say it
                 self.add(self.spawn(self.program(), wish.spawn), wish)
+            self.wishes.pop(0)
         too_old = time.monotonic() - SPARE_SECONDS
         self.drop(lambda claude: claude.born < too_old)
 

@@ -95,6 +95,14 @@ class StandIn:
         env = {k: v for k, v in os.environ.items() if SHOWN_VARIABLES.match(k)}
         self.told = {"argv": argv, "env": env, "cwd": os.getcwd(), "turns": []}
         self.tools = []
+        self.backlog = []  # lines that came while an answer was awaited
+
+    def lines(self):
+        while True:
+            raw = self.backlog.pop(0) if self.backlog else sys.stdin.readline()
+            if not raw:
+                return
+            yield raw
 
     def emit(self, line):
         sys.stdout.write((line if isinstance(line, str) else json.dumps(line)) + "\n")
@@ -106,7 +114,7 @@ class StandIn:
         self.emit(line)
 
     def run(self):
-        for raw in sys.stdin:
+        for raw in self.lines():
             line = json.loads(raw)
             kind = line["type"]
             if kind == "control_request":
@@ -138,16 +146,20 @@ class StandIn:
             message["id"] = 1
         request = {"subtype": "mcp_message", "server_name": "c", "message": message}
         self.emit({"type": "control_request", "request_id": "r1", "request": request})
-        if method != "tools/call":
-            reply = json.loads(sys.stdin.readline())
-            return reply["response"]["response"]["mcp_response"]["result"]
+        while method != "tools/call":
+            raw = sys.stdin.readline()
+            if '"mcp_response"' in raw:
+                reply = json.loads(raw)["response"]["response"]
+                return reply["mcp_response"]["result"]
+            self.backlog.append(raw)
 
     def answer(self, message):
         content = message["content"]
         text = " ".join(b.get("text", "") for b in content if b["type"] == "text")
         for block in content:
             if block["type"] == "tool_result":
-                text += " " + json.dumps(block.get("content"))
+                content = block.get("content")
+                text += " " + (content if isinstance(content, str) else json.dumps(content))
         wish = wishes(text)
         if not wish:
             wish = {"json": json.dumps([w + " " for w in f"You said: {text}".split()])}
@@ -1219,6 +1231,564 @@ def test_a_full_queue_is_429(make, monkeypatch):
     reply = make().chat("hi")
     assert reply.status == 429 and reply.headers["Retry-After"] == "5"
     assert reply.error["code"] == "queue_full"
+
+
+# ── Tools ──────────────────────────────────────────────────────────────────────────
+
+
+def tool(name="get_weather", description="Weather of a city", parameters=None):
+    parameters = parameters or {"type": "object", "properties": {"city": {"type": "string"}}}
+    function = {"name": name, "description": description, "parameters": parameters}
+    return {"type": "function", "function": function}
+
+
+def call(name="get_weather", arguments='{"city":"Paris"}', id="call_1"):
+    function = {"name": name, "arguments": arguments}
+    return {"id": id, "type": "function", "function": function}
+
+
+def calling(*calls, content=None):
+    return {"role": "assistant", "content": content, "tool_calls": list(calls)}
+
+
+def tool_result(content="sunny", id="call_1"):
+    return {"role": "tool", "tool_call_id": id, "content": content}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tool_calls(server, stream):
+    wish = "mock:tool=get_weather,get_time mock:tokens=1"
+    reply = server.chat(wish, tools=[tool(), tool("get_time")], stream=stream)
+    assert reply.finish == "tool_calls" and reply.content == "tok0 "
+    calls = reply.message["tool_calls"]
+    assert [c["function"]["name"] for c in calls] == ["get_weather", "get_time"]
+    assert all(c["function"]["arguments"] == '{"city":"Paris"}' for c in calls)
+    assert len({c["id"] for c in calls}) == 2
+
+
+def test_streamed_tool_calls_are_name_first_then_arguments(server):
+    reply = server.chat("mock:tool=get_weather mock:notext", tools=[tool()], stream=True)
+    deltas = [c["choices"][0]["delta"].get("tool_calls") for c in reply.chunks]
+    parts = [delta[0] for delta in deltas if delta]
+    assert parts[0]["id"].startswith("toolu_") and parts[0]["type"] == "function"
+    assert parts[0]["function"] == {"name": "get_weather", "arguments": ""}
+    assert all(set(p) == {"index", "function"} and set(p["function"]) == {"arguments"} for p in parts[1:])
+    assert len(parts) > 2 and {p["index"] for p in parts} == {0}
+    assert server.chat("mock:tool=get_weather mock:notext", tools=[tool()]).content is None
+
+
+def test_a_call_without_arguments_has_an_empty_object(server):
+    reply = server.chat("mock:tool=get_weather mock:input=none", tools=[tool()])
+    assert reply.message["tool_calls"][0]["function"]["arguments"] == "{}"
+
+
+def test_tools_reach_the_cli(server):
+    told = server.told("x", tools=[tool(), tool("b", "", {"type": "object"})])
+    assert told["initialize"]["sdkMcpServers"] == ["c"]
+    assert told["tools"][0] == {
+        "name": "get_weather",
+        "description": "Weather of a city",
+        "inputSchema": tool()["function"]["parameters"],
+    }
+    assert "sdkMcpServers" not in server.told("x")["initialize"]
+
+
+def test_history_of_calls():
+    messages = [user("a"), calling(call(), call(id="call_2"), content="b"), tool_result(), tool_result("rain", "call_2"), user("c")]
+    use = {"type": "tool_use", "name": "get_weather", "input": {"city": "Paris"}}
+    result = {"type": "tool_result", "tool_use_id": "call_1", "content": "sunny"}
+    assert [t["content"] for t in ask_of(messages, tools=[tool()]).turns] == [
+        text_blocks("a"),
+        [*text_blocks("b"), {**use, "id": "call_1"}, {**use, "id": "call_2"}],
+        [result, {**result, "tool_use_id": "call_2", "content": "rain"}, *text_blocks("c")],
+    ]
+
+
+@pytest.mark.parametrize(
+    "content, blocks",
+    [
+        ("", None),
+        (None, None),
+        (text_blocks("a", "b"), text_blocks("a", "b")),
+        (text_blocks("a"), "a"),
+        ([{"type": "image_url", "image_url": {"url": "https://x/y.png"}}], [{"type": "image", "source": {"type": "url", "url": "https://x/y.png"}}]),
+    ],
+)
+def test_tool_results(content, blocks):
+    ask = ask_of([user("a"), calling(call()), tool_result(content)], tools=[tool()])
+    assert ask.turns[-1]["content"][0].get("content") == blocks
+
+
+@pytest.mark.parametrize(
+    "messages, param",
+    [
+        ([user("a"), tool_result()], "messages[1].tool_call_id"),
+        ([user("a"), calling(call()), user("b")], "messages[1].tool_calls[0].function"),
+        ([user("a"), calling(call())], "messages[1].tool_calls[0].function"),
+        ([user("a"), calling(call()), tool_result(id="other")], "messages[2].tool_call_id"),
+        ([user("a"), calling(call()), tool_result(), tool_result()], "messages[3].tool_call_id"),
+        ([user("a"), calling(call(), call()), tool_result()], "messages[1].tool_calls[1].function"),
+    ],
+)
+def test_calls_and_results_must_match(messages, param):
+    error = refused(messages, tools=[tool()])
+    assert (error["status"], error["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("arguments, value", [("", {}), ("{}", {}), ('{"a":1}', {"a": 1}), ('{"a', {"arguments": '{"a'}), ("5", {"arguments": "5"})])
+def test_arguments_become_an_object(arguments, value):
+    assert proxy.parse_arguments_of_call(arguments) == value
+
+
+def test_names_and_ids_that_the_api_refuses(server):
+    odd, id = "functions.get weather:0", "call:1/2"
+    wish = f"mock:tool={proxy.api_name(odd)}"
+    reply = server.chat(wish, tools=[tool(odd), tool("plain")])
+    assert reply.message["tool_calls"][0]["function"]["name"] == odd
+    ask = ask_of([user("a"), calling(call(odd, id=id)), tool_result(id=id)], tools=[tool(odd)])
+    use, result = ask.turns[1]["content"][0], ask.turns[2]["content"][0]
+    assert use["name"] == ask.setup.tools[0]["name"] == proxy.api_name(odd)
+    assert use["id"] == result["tool_use_id"] == proxy.api_name(id)
+    assert proxy.API_NAME.fullmatch(use["name"]) and proxy.API_NAME.fullmatch(use["id"])
+    assert proxy.api_name("Bash") == "Bash" and proxy.api_name("ToolSearch") != "ToolSearch"
+    assert proxy.api_name("a.b") != proxy.api_name("a:b")
+
+
+@pytest.mark.parametrize(
+    "choice, parallel, native",
+    [
+        ("auto", None, {}),
+        ("auto", True, {}),
+        ("auto", False, {"type": "auto", "disable_parallel_tool_use": True}),
+        ("none", False, {"type": "none"}),
+        ("required", None, {"type": "any"}),
+        ({"type": "function", "function": {"name": "get_weather"}}, False, {"type": "tool", "name": "get_weather", "disable_parallel_tool_use": True}),
+    ],
+)
+def test_tool_choice(choice, parallel, native):
+    spawn = ask_of(tools=[tool()], tool_choice=choice, parallel_tool_calls=parallel).spawn
+    assert json.loads(spawn.tool_choice or "{}") == native
+    assert spawn.thinking == (native.get("type") not in ("any", "tool"))
+
+
+def test_tool_choice_reaches_the_cli(server):
+    told = server.told("x", tools=[tool()], tool_choice="required")
+    assert json.loads(told["env"]["CLAUDE_CODE_EXTRA_BODY"]) == {"tool_choice": {"type": "any"}}
+    assert told["env"]["CLAUDE_CODE_DISABLE_THINKING"] == "1"
+
+
+@pytest.mark.parametrize(
+    "parameters, param",
+    [
+        ({"tools": [5]}, "tools[0]"),
+        ({"tools": [{"type": "custom"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"function": {}}]}, "tools[0].function.name"),
+        ({"tools": [tool("")]}, "tools[0].function.name"),
+        ({"tools": [tool(), tool()]}, "tools[1].function.name"),
+        ({"tools": [tool(parameters={"type": "array"})]}, "tools[0].function.parameters"),
+        ({"tools": [tool(parameters={"properties": []})]}, "tools[0].function.parameters.properties"),
+        ({"tools": [tool(parameters={"properties": {"a": 5}})]}, "tools[0].function.parameters.properties.a"),
+        ({"tools": [tool(parameters={"required": [5]})]}, "tools[0].function.parameters.required"),
+        ({"tools": [tool(parameters={"anyOf": 5})]}, "tools[0].function.parameters"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [tool()], "tool_choice": "sometimes"}, "tool_choice"),
+        ({"tools": [tool()], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice"),
+    ],
+)
+def test_tools_refused(parameters, param):
+    error = refused(**parameters)
+    assert (error["status"], error["param"]) == (400, param)
+
+
+def test_schemas_are_made_acceptable():
+    fix = lambda schema: proxy.object_schema(schema, "x")  # noqa: E731
+    assert fix({}) == {"type": "object"}
+    assert fix({"type": ["object", "null"]}) == {"type": "object"}
+    assert fix({"properties": {"a": True, "b": False}})["properties"] == {"a": {}, "b": {"not": {}}}
+    branches = [{"properties": {"a": {"type": "string"}}}, {"properties": {"b": {}}}]
+    fixed = fix({"anyOf": branches, "description": "d", "$defs": {"x": {}}})
+    assert fixed["properties"] == {"a": {"type": "string"}, "b": {}}
+    assert fixed["description"].startswith("d\n") and json.dumps(branches) in fixed["description"]
+    assert "anyOf" not in fixed and fixed["$defs"] == {"x": {}}
+
+
+def test_long_descriptions_move_where_they_are_not_cut():
+    made = proxy.mcp_tool("a", "x" * 5000, {"description": "inner"})
+    assert len(made["description"]) < 2048
+    assert made["inputSchema"]["description"] == "x" * 5000 + "\n\ninner"
+
+
+def test_history_with_calls_but_without_tools():
+    ask = ask_of([user("a"), calling(call()), tool_result()])
+    assert [t["name"] for t in ask.setup.tools] == ["get_weather"]
+    assert json.loads(ask.spawn.tool_choice) == {"type": "none"}
+
+
+# Signed thinking in a tool loop.
+
+SIGNED = {"type": "thinking", "thinking": "thought0 ", "signature": "c2lnbmVk"}
+
+
+def test_thinking_comes_back_in_a_tool_loop(make):
+    one = make()
+    first = one.chat("mock:think=1 mock:tool=get_weather", tools=[tool()])
+    asked = first.message["tool_calls"][0]
+    history = [user("x"), first.message, tool_result(id=asked["id"])]
+    reply = one.chat([*history, user("mock:show")], model="claude-haiku-4-5", tools=[tool()])
+    told = json.loads(reply.content)
+    assert told["turns"][1]["content"][0] == SIGNED
+    assert "CLAUDE_CODE_DISABLE_THINKING" not in told["env"]
+
+
+@pytest.mark.parametrize("model, thinking", [("haiku", False), ("claude-sonnet-4-5", False), ("claude-opus-4-1", False), ("claude-sonnet-4-20250514", False), ("sonnet", True), ("claude-opus-4-7", True), ("claude-sonnet-5-5", True)])
+def test_unknown_thinking_in_a_tool_loop_turns_it_off_where_it_must(model, thinking):
+    loop = [user("a"), calling(call()), tool_result()]
+    assert ask_of(loop, model=model, tools=[tool()]).spawn.thinking is thinking
+    assert ask_of([*loop, assistant("b"), user("c")], model=model).spawn.thinking
+
+
+def test_thoughts_are_bounded(make, monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_THOUGHTS", 2)
+    one = make()
+    for _ in range(4):
+        one.chat("mock:think=1 mock:tool=get_weather", tools=[tool()])
+    assert len(one.server.thoughts) == 2
+
+
+# ── Images and files ───────────────────────────────────────────────────────────────
+
+PNG = "iVBORw0KGgo="
+
+
+def data_url(kind, data=PNG):
+    return f"data:{kind};base64,{data}"
+
+
+def image(url):
+    return {"type": "image_url", "image_url": {"url": url, "detail": "high"}}
+
+
+def file(data, **fields):
+    return {"type": "file", "file": {"file_data": data, **fields}}
+
+
+BASE64 = {"type": "base64", "data": PNG}
+
+
+@pytest.mark.parametrize(
+    "part, block",
+    [
+        (image(data_url("image/png")), {"type": "image", "source": {**BASE64, "media_type": "image/png"}}),
+        (image(data_url("image/jpg")), {"type": "image", "source": {**BASE64, "media_type": "image/jpeg"}}),
+        (image("http://x/y"), {"type": "image", "source": {"type": "url", "url": "http://x/y"}}),
+        ({"type": "image_url", "image_url": "https://x/y"}, {"type": "image", "source": {"type": "url", "url": "https://x/y"}}),
+        (file(data_url("application/pdf"), filename="a.pdf"), {"type": "document", "source": {**BASE64, "media_type": "application/pdf"}, "title": "a.pdf"}),
+        (file(PNG), {"type": "document", "source": {**BASE64, "media_type": "application/pdf"}}),
+        (file(data_url("text/csv", "YSxi")), {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "a,b"}}),
+    ],
+)
+def test_media(part, block):
+    assert turns_of(user([part])) == [("user", [block])]
+
+
+@pytest.mark.parametrize(
+    "part, param",
+    [
+        ({"type": "image_url"}, ".image_url"),
+        (image("ftp://x"), ".image_url.url"),
+        (image("data:image/png,abc"), ".image_url.url"),
+        (image(data_url("image/png", "?!")), ".image_url.url"),
+        (image(data_url("image/png", "")), ".image_url.url"),
+        (image(data_url("image/tiff")), ".image_url.url"),
+        ({"type": "file", "file": {"file_id": "file-1"}}, ".file"),
+        (file(data_url("application/zip")), ".file.file_data"),
+        (file("%%%"), ".file.file_data"),
+    ],
+)
+def test_media_refused(part, param):
+    error = refused([user([part])])
+    assert (error["status"], error["param"]) == (400, "messages[0].content[0]" + param)
+
+
+# ── Structured output ──────────────────────────────────────────────────────────────
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+
+def json_schema(schema=None):
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema or SCHEMA}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_structured_output(server, stream):
+    wish = 'mock:input={"a":1}'
+    reply = server.chat(wish, response_format=json_schema(), stream=stream)
+    assert reply.content == '{"a":1}' and reply.finish == "stop"
+    assert "tool_calls" not in reply.message
+
+
+def test_structured_output_is_forced(server):
+    ask = ask_of(response_format=json_schema())
+    assert ask.setup.schema == SCHEMA and not ask.spawn.thinking
+    choice = json.loads(ask.spawn.tool_choice)
+    assert choice["name"] == "StructuredOutput" and choice["disable_parallel_tool_use"]
+    assert ask_of(response_format={"type": "text"}) == ask_of()
+    json_object = ask_of(response_format={"type": "json_object"})
+    assert json_object.setup.schema == {"type": "object", "additionalProperties": True}
+
+
+def test_structured_output_with_tools(server):
+    both = {"tools": [tool()], "response_format": json_schema()}
+    assert json.loads(ask_of(**both).spawn.tool_choice) == {"type": "any"}
+    assert ask_of(**both, tool_choice="required").setup.schema is None
+    reply = server.chat("mock:tool=get_weather mock:notext", **both)
+    assert reply.finish == "tool_calls"
+    reply = server.chat('mock:tool=StructuredOutput mock:notext mock:input={"a":1}', **both)
+    assert reply.finish == "stop" and reply.content == '{"a":1}'
+
+
+@pytest.mark.parametrize(
+    "value, param",
+    [
+        ({}, "response_format.type"),
+        ({"type": "xml"}, "response_format.type"),
+        ({"type": "json_schema"}, "response_format.json_schema"),
+        ({"type": "json_schema", "json_schema": {}}, "response_format.json_schema.schema"),
+        (json_schema({"type": "array"}), "response_format.json_schema.schema"),
+    ],
+)
+def test_response_format_refused(value, param):
+    error = refused(response_format=value)
+    assert (error["status"], error["param"]) == (400, param)
+
+
+# ── stop and n ─────────────────────────────────────────────────────────────────────
+
+
+def pieces(*texts):
+    return "mock:json=" + json.dumps(texts).replace(" ", "")
+
+
+@pytest.mark.parametrize(
+    "texts, stop, content",
+    [
+        (["ab", "STOP", "cd"], "STOP", "ab"),
+        (["abST", "OPcd"], "STOP", "ab"),
+        (["a", "S", "T", "O", "P"], ["x", "STOP"], "a"),
+        (["abST", "ART"], "STOP", "abSTART"),
+        (["abST"], "STOP", "abST"),
+        (["SSTOP"], "STOP", "S"),
+        (["aXbY"], ["Y", "X"], "a"),
+        (["a\\nb"], "\n", "a"),
+        (["ab"], ["", "b"], "a"),
+        (["STOP"], "STOP", ""),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop(server, texts, stop, content, stream):
+    texts = [text.replace("\\n", "\n") for text in texts]
+    reply = server.chat(pieces(*texts), stop=stop, stream=stream)
+    assert (reply.content, reply.finish) == (content, "stop")
+
+
+def test_stop_ends_the_cli_at_once(server):
+    wish = pieces("a", "STOP", "never") + " mock:gap_ms=500"
+    assert server.chat(wish, stop="STOP").content == "a"
+    until(server.quiet, 1)
+
+
+def test_stop_refused():
+    assert refused(stop=["a"] * 5)["param"] == "stop"
+    assert refused(stop=[5])["param"] == "stop[0]"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_n(server, stream):
+    options = {"stream_options": {"include_usage": True}} if stream else {}
+    reply = server.chat("mock:tokens=2", n=3, stream=stream, **options)
+    whole = reply.json or proxy.fold(reply.chunks)
+    assert [c["index"] for c in whole["choices"]] == [0, 1, 2]
+    assert {c["message"]["content"] for c in whole["choices"]} == {"tok0 tok1 "}
+    assert whole["usage"]["completion_tokens"] == 6
+
+
+def test_n_fails_as_one(server):
+    assert server.chat("mock:status=429", n=2).status == 429
+    assert refused(n=9)["param"] == refused(n=0)["param"] == "n"
+
+
+def test_n_beyond_the_servers_width(make):
+    reply = make(max_concurrency=2).chat("hi", n=3)
+    assert reply.status == 400 and reply.error["param"] == "n"
+
+
+# ── Spares ─────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def sparing(make):
+    """A server with two spares, whose wishes have all come true between requests."""
+    one = make(spares=2)
+    one.keeper = one.server.keeper
+
+    def settled():
+        one.server.wake()
+        keeper = one.keeper
+        busy = keeper.wishes or keeper.dying or any(c.todo or c.outbox or c.waiting for c in keeper.spares)
+        return not busy
+
+    one.settle = lambda: until(settled)
+    return one
+
+
+def spares_of(one):
+    one.settle()
+    return [(bool(c.setup), len(c.turns)) for c in one.keeper.spares]
+
+
+def pids_of(one):
+    one.settle()
+    return {c.process.pid for c in one.keeper.spares}
+
+
+def ask_spare(one, messages, **parameters):
+    """Ask -> (reply, whether a spare answered)."""
+    before = pids_of(one)
+    reply = one.chat(messages, **parameters)
+    assert reply.status == 200
+    one.server.wake()
+    return reply, bool(before - pids_of(one))
+
+
+def test_one_shot_requests_leave_one_generic_spare(sparing):
+    assert spares_of(sparing) == []
+    assert ask_spare(sparing, "a")[1] is False
+    assert spares_of(sparing) == [(False, 0)]
+    reply, spare = ask_spare(sparing, "b")
+    assert spare and reply.content == "You said: b "
+    assert spares_of(sparing) == [(True, 0)]  # the same system prompt came again
+    assert ask_spare(sparing, "c")[1]
+
+
+def test_a_conversation_finds_a_primed_spare(sparing):
+    history = [system("s"), user("a"), assistant("b"), user("c")]
+    reply = sparing.chat(history)
+    assert (True, 4) in spares_of(sparing)
+    history += [reply.message, user("mock:show")]
+    reply, spare = ask_spare(sparing, history)
+    told = json.loads(reply.content)
+    assert spare and [t["role"] for t in told["turns"]] == ["user", "assistant"] * 2 + ["user"]
+    assert told["turns"][3]["content"] == text_blocks("You said: c ")
+
+
+def test_a_tool_loop_finds_a_primed_spare(sparing):
+    history = [user("mock:think=1 mock:tool=get_weather mock:tokens=1")]
+    for _ in range(3):
+        reply, spare = ask_spare(sparing, history, tools=[tool()])
+        asked = reply.message["tool_calls"][0]
+        history += [reply.message, tool_result(f"mock:tool=get_weather mock:tokens=1", asked["id"])]
+    assert spare
+    assert sorted(spares_of(sparing))[-1] == (True, 6)
+    told = sparing.keeper.spares[-1].turns
+    assert [b["type"] for b in told[1]["content"]] == ["thinking", "text", "tool_use"]
+
+
+DIFFERENT = {
+    "another system prompt": lambda h: [system("other"), *h[1:]],
+    "an edited earlier turn": lambda h: [h[0], user("edited"), *h[2:]],
+    "an edited answer": lambda h: [*h[:-2], assistant("edited"), h[-1]],
+    "another conversation": lambda h: [system("s"), user("z"), assistant("y"), user("x")],
+    "a shorter one": lambda h: h[:2],
+}
+
+
+@pytest.mark.parametrize("difference", list(DIFFERENT))
+def test_a_spare_that_does_not_fit_is_not_used(sparing, difference):
+    history = [system("s"), user("a"), assistant("b"), user("c")]
+    history += [sparing.chat(history).message, user("d")]
+    sparing.settle()
+    primed = [c for c in sparing.keeper.spares if c.turns][0]
+    messages = DIFFERENT[difference](history)
+    told = sparing.told([*messages, assistant("ok")])
+    texts = [b["text"] for t in told["turns"] for b in t["content"]]
+    wanted = [m["content"] for m in messages if m["role"] != "system"]
+    assert texts == [*wanted, "ok", "mock:show"]
+    assert told["initialize"]["systemPrompt"] == [messages[0]["content"] if messages[0]["role"] == "system" else ""]
+    assert primed.process.poll() is None or primed.stopped
+
+
+@pytest.mark.parametrize("parameters", [{"model": "opus"}, {"max_tokens": 9}, {"reasoning_effort": "low"}, {"tools": [tool("other")]}, {"tools": [tool()], "tool_choice": "none"}, {"response_format": json_schema()}])
+def test_a_spare_with_other_settings_is_not_used(sparing, parameters):
+    for _ in range(2):
+        sparing.chat("a", tools=[tool()])
+        sparing.settle()
+    keeper = sparing.keeper
+    ask = ask_of("a", **{"tools": [tool()], **parameters})
+    assert all(not c.fits(ask) for c in keeper.spares)
+    assert [c for c in keeper.spares if c.fits(ask_of("a", tools=[tool()]))]
+
+
+def test_a_dead_spare_is_not_used(sparing):
+    sparing.chat("a")
+    sparing.settle()
+    spare = sparing.keeper.spares[0]
+    spare.process.kill()
+    spare.process.wait()
+    assert sparing.chat("b").status == 200
+    until(lambda: spare not in sparing.keeper.spares)
+
+
+def test_old_spares_end(sparing, monkeypatch):
+    sparing.chat("a")
+    sparing.settle()
+    spare = sparing.keeper.spares[0]
+    monkeypatch.setattr(proxy, "SPARE_SECONDS", 0)
+    sparing.server.wake()
+    until(lambda: spare.process.poll() is not None)
+    assert sparing.keeper.spares == []
+
+
+def test_a_spare_of_a_replaced_cli_is_not_used(sparing):
+    sparing.chat("a")
+    sparing.settle()
+    program = sparing.keeper.program()
+    ask = ask_of("b")
+    assert sparing.keeper.take(ask, program._replace(stamp=("new",))) is None
+    assert sparing.keeper.spares and sparing.keeper.spares[0].fits(ask)
+
+
+def test_a_spare_is_taken_once(sparing):
+    sparing.chat("a")
+    sparing.settle()
+    ask, program, taken = ask_of("b"), sparing.keeper.program(), []
+    takers = [threading.Thread(target=lambda: taken.append(sparing.keeper.take(ask, program))) for _ in range(8)]
+    for taker in takers:
+        taker.start()
+    for taker in takers:
+        taker.join()
+    assert len([claude for claude in taken if claude]) == 1
+    sparing.keeper.retire([claude for claude in taken if claude][0])
+
+
+def test_the_number_of_spares_is_bounded(sparing):
+    for text in "abcd":
+        sparing.chat([user(text), assistant("x"), user("y")])
+        sparing.settle()
+        assert len(sparing.keeper.spares) <= 2
+
+
+def test_many_at_once_are_not_mixed_up(make):
+    one = make(spares=2, max_concurrency=64)
+    replies = {}
+    def go(i):
+        replies[i] = one.chat([user(f"q{i}"), assistant("x"), user(f"text{i}")], stream=bool(i % 2)).content
+    threads = [threading.Thread(target=go, args=(i,)) for i in range(64)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert replies == {i: f"You said: text{i} " for i in range(64)}
 
 
 # ── The CLI found or not ───────────────────────────────────────────────────────────
