@@ -395,12 +395,21 @@ def may(holder: Json, key: str, kinds: Tuple[type, ...], where: str) -> Any:
     return None if holder.get(key) is None else want(holder, key, kinds, where)
 
 
-def parse_request(body: Any, thoughts: Dict[str, List[Json]]) -> Ask:
-    """A chat completion request -> Ask. `thoughts`: id of a tool call -> the signed
-    thinking blocks before it. Raises APIError 400 or 404."""
+class Thought(NamedTuple):
+    """The thinking before a tool call; its signatures are good for one model alone."""
+
+    model: str
+    blocks: List[Json]
+
+
+Thoughts = Dict[str, Thought]  # by the id of the tool call
+
+
+def parse_request(body: Any, thoughts: Thoughts) -> Ask:
+    """A chat completion request -> Ask. Raises APIError 400 or 404."""
     body = parse_parameters(body)
     tools, names = parse_tools(body.get("tools", []))
-    script = Transcript(thoughts)
+    script = Transcript(thoughts, cli_model(body["model"]))
     for i, message in enumerate(body["messages"]):
         script.add(message, f"messages[{i}]")
     script.finish()
@@ -640,8 +649,8 @@ class Transcript:
     whether a tool loop goes on whose signed thinking is not in `thoughts`.
     """
 
-    def __init__(self, thoughts: Dict[str, List[Json]], turns: Iterable[Json] = ()):
-        self.thoughts = thoughts
+    def __init__(self, thoughts: Thoughts, model: str, turns: Iterable[Json] = ()):
+        self.thoughts, self.model = thoughts, model
         self.turns = list(turns)
         self.system: List[str] = []
         self.called: Set[str] = set()
@@ -676,9 +685,13 @@ class Transcript:
         blocks = parse_content(message, where, ("text", "refusal"))
         calls = may(message, "tool_calls", (list,), where) or []
         uses = [self.use(c, f"{where}.tool_calls[{i}]") for i, c in enumerate(calls)]
-        thinking = self.thoughts.get(uses[0]["id"], []) if uses else []
-        self.unsigned = self.unsigned or bool(uses and not thinking)
-        self.append("assistant", thinking + blocks + uses)
+        thought = self.thoughts.get(uses[0]["id"]) if uses else None
+        if thought and thought.blocks and self.model in thought.model:
+            self.append("assistant", thought.blocks + blocks + uses)
+            self.turns[-1]["model"] = thought.model
+        else:
+            self.unsigned = self.unsigned or bool(uses)
+            self.append("assistant", blocks + uses)
 
     def use(self, call: Any, where: str) -> Json:
         """One of an assistant's tool_calls -> a tool_use block."""
@@ -926,7 +939,8 @@ def turn_line(turn: Json, place: int, version: Tuple[int, ...]) -> Json:
         line.update(shouldQuery=False, client_composed=True)
     else:
         usage = {"input_tokens": 0, "output_tokens": 0}
-        message.update(id=f"msg_{place}", type="message", model="m", usage=usage)
+        message.update(id=f"msg_{place}", type="message", usage=usage)
+        message.update(model=turn.get("model", "m"))  # another's thinking is left out
         message.update(stop_reason=None, stop_sequence=None)
     return {**line, "message": message}
 
@@ -1189,6 +1203,7 @@ class Claude:
                 self.stop(signal.SIGKILL)
             return False
         self.stop(signal.SIGKILL)  # what it may have left in its group
+        self.close()
         if self.process.returncode == -signal.SIGKILL:
             self.sweep()
         return True
@@ -1375,10 +1390,10 @@ class Keeper:
         return claude
 
     def retire(self, claude: Claude) -> None:
-        """End a process, if it was not yet; tick() reaps it."""
+        """End a process, if it was not yet; tick() reaps it, and closes its pipes: a
+        CLI that lost its tools while it ends would ask the model what to do."""
         if not claude.stopped:
             claude.stop()
-        claude.close()
         with self.lock:
             self.live.discard(claude)
             self.dying.append(claude)
@@ -1872,7 +1887,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.gate = Gate(settings.max_concurrency)
         self.keeper = Keeper(settings.claude, settings.spares)
         self.origins = {o.strip() for o in settings.allow_origin.split(",") if o.strip()}
-        self.thoughts: Dict[str, List[Json]] = {}  # id of a tool call -> thinking blocks
+        self.thoughts: Thoughts = {}
         self.rate_limit: Optional[Json] = None
         self.started = time.monotonic()
         self.stopping = False
@@ -1990,11 +2005,12 @@ class Server(http.server.ThreadingHTTPServer):
         self.keeper.login = True
         for answer in answers:
             if answer.calls:
-                self.thoughts[answer.calls[0]["id"]] = answer.thinking
+                thought = Thought(answer.model, answer.thinking)
+                self.thoughts[answer.calls[0]["id"]] = thought
         while len(self.thoughts) > MAX_THOUGHTS:
             self.thoughts.pop(next(iter(list(self.thoughts))), None)
         likely = "tool_calls" in message or len(ask.turns) > 1
-        script = Transcript(self.thoughts, ask.turns)
+        script = Transcript(self.thoughts, ask.spawn.model, ask.turns)
         if likely and ask.n == 1:
             script.add(message, "answer")
         self.keeper.wish_for_next(ask, script.turns if len(script.turns) > len(ask.turns) else None)

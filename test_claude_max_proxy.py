@@ -302,8 +302,8 @@ def violations(body):
     messages = [m for m in body["messages"] if m["role"] != "system"]
     if thinking != "disabled" and choice in ("any", "tool"):
         yield "Thinking may not be enabled when tool_choice forces tool use."
-    budget = (body.get("thinking") or {}).get("budget_tokens", 1024)
-    if budget < 1024 or budget >= body["max_tokens"] + (thinking != "enabled"):
+    budget = (body.get("thinking") or {}).get("budget_tokens", 0)
+    if thinking == "enabled" and not 1024 <= budget < body["max_tokens"]:
         yield f"thinking.budget_tokens: {budget} of {body['max_tokens']}"
     if len(set(names)) != len(names):
         yield "tools: Tool names must be unique."
@@ -1432,13 +1432,17 @@ SIGNED = {"type": "thinking", "thinking": "thought0 ", "signature": "c2lnbmVk"}
 
 def test_thinking_comes_back_in_a_tool_loop(make):
     one = make()
-    first = one.chat("mock:think=1 mock:tool=get_weather", tools=[tool()])
+    wish = "mock:think=1 mock:tool=get_weather mock:tokens=1"
+    first = one.chat(wish, model="claude-haiku-4-5", tools=[tool()])
     asked = first.message["tool_calls"][0]
     history = [user("x"), first.message, tool_result(id=asked["id"])]
     reply = one.chat([*history, user("mock:show")], model="claude-haiku-4-5", tools=[tool()])
     told = json.loads(reply.content)
     assert told["turns"][1]["content"][0] == SIGNED
+    assert told["turns"][1]["model"] == "claude-claude-haiku-4-5-mock"
     assert "CLAUDE_CODE_DISABLE_THINKING" not in told["env"]
+    told = json.loads(one.chat([*history, user("mock:show")], tools=[tool()]).content)
+    assert told["turns"][1]["content"][0]["type"] == "text"  # another model can't use it
 
 
 @pytest.mark.parametrize("model, thinking", [("haiku", False), ("claude-sonnet-4-5", False), ("claude-opus-4-1", False), ("claude-sonnet-4-20250514", False), ("sonnet", True), ("claude-opus-4-7", True), ("claude-sonnet-5-5", True)])
@@ -2091,3 +2095,100 @@ def test_nothing_is_left_in_the_users_home(real):
     until(real.quiet)
     left = [p for p in glob.glob(f"{real.home}/.claude/sessions/*")]
     assert not left and not glob.glob(f"{real.home}/.claude/projects/*")
+
+
+def wanted_turns(messages, **parameters):
+    """The turns that must reach the API, as client_turns() tells them."""
+    turns = []
+    for turn in ask_of(messages, **parameters).turns:
+        turns.append({"role": turn["role"], "content": turn["content"]})
+    return client_turns({"messages": turns})
+
+
+def run_tool_loop(real, rounds, **parameters):
+    """A tool loop with parallel calls; every request must reach the API once, as it is."""
+    tools = [tool(), tool("Bash"), tool("odd.name")]
+    history = [system("s"), user("mock:tool=get_weather,Bash mock:tokens=1 mock:think=1")]
+    for number in range(rounds):
+        reply = real.chat(history, tools=tools, stream=bool(number % 2), **parameters)
+        assert reply.finish == "tool_calls", reply.text
+        body = sent(real)
+        assert [t["name"] for t in body["tools"]] == sorted(["get_weather", "Bash", proxy.api_name("odd.name")], key=str.lower)
+        told = [(r, [b for b in blocks if b["type"] != "thinking"]) for r, blocks in client_turns(body)]
+        assert told == wanted_turns(history, tools=tools)
+        history.append(reply.message)
+        for i, asked in enumerate(reply.message["tool_calls"]):
+            content = "mock:tool=get_weather,Bash mock:tokens=1" if i else text_blocks("a", "b")
+            history.append(tool_result(content, asked["id"]))
+        history.append(user("mock:tool=get_weather,Bash mock:tokens=1 mock:think=1"))
+    return history
+
+
+def test_a_real_tool_loop(real):
+    run_tool_loop(real, 3)
+
+
+def test_a_real_tool_loop_with_spares_and_signed_thinking(real, make):
+    one = make(claude=real.server.settings.claude, spares=2)
+    one.api, one.home = real.api, real.home
+    run_tool_loop(one, 4, model="claude-haiku-4-5")
+
+
+def test_real_tools_are_all_there(real):
+    names = ["Read", "Task", "Agent", "ToolSearch", "StructuredOutput", "Skill", "a" * 128]
+    tools = [tool(name, "x" * 5000) for name in names] + [tool(f"t{i}") for i in range(121)]
+    tools[0]["function"]["parameters"] = {"anyOf": [{"properties": {"q": True}}]}
+    tools[1]["function"]["parameters"] = {"properties": {"q": True}}
+    real.chat("Hello!", tools=tools)
+    body = sent(real)
+    assert {t["name"] for t in body["tools"]} == {proxy.api_name(t["function"]["name"]) for t in tools}
+    assert all("x" * 5000 in json.dumps(t) for t in body["tools"] if not t["name"].startswith("t") or len(t["name"]) > 4)
+    texts = [b["text"] for b in api_blocks(body["messages"][0]) if b["type"] == "text"]
+    assert not any("Attribution" in text or "agent types" in text for text in texts)
+
+
+def test_real_tool_choice(real):
+    one = {"type": "function", "function": {"name": "get_weather"}}
+    for choice in ("none", "required", one):
+        real.chat("mock:tool=get_weather", tools=[tool()], tool_choice=choice, parallel_tool_calls=False)
+        native = json.loads(ask_of(tools=[tool()], tool_choice=choice, parallel_tool_calls=False).spawn.tool_choice)
+        assert sent(real)["tool_choice"] == native
+
+
+def test_real_structured_output(real):
+    reply = real.chat('mock:input={"a":1}', response_format=json_schema(), stream=True)
+    assert reply.content == '{"a":1}' and reply.finish == "stop"
+    until(real.quiet)
+    assert sent(real)["tools"][0]["input_schema"] == SCHEMA
+    reply = real.chat('mock:input={"b":2}', response_format={"type": "json_object"})
+    assert reply.content == '{"b":2}'
+    until(real.quiet)
+    sent(real)
+    both = {"tools": [tool()], "response_format": json_schema()}
+    assert real.chat("mock:tool=get_weather mock:notext", **both).finish == "tool_calls"
+    until(real.quiet)
+    assert sent(real)["tool_choice"] == {"type": "any"}
+
+
+def test_real_media(real):
+    parts = [image("https://example.com/x.png"), file(data_url("text/csv", "YSxi"), filename="a.csv"), *text_blocks("look")]
+    real.chat([user(parts), assistant("ok"), user(parts)])
+    assert client_turns(sent(real)) == wanted_turns([user(parts), assistant("ok"), user(parts)])
+
+
+@pytest.mark.parametrize("model", ["claude-haiku-4-5", "sonnet"])
+def test_real_thinking(real, model):
+    reply = real.chat("mock:think=2 mock:tokens=1", model=model)
+    assert reply.message["reasoning_content"] == "thought0 thought1 "
+    assert sent(real)["thinking"]["type"] in ("enabled", "adaptive")
+    for parameters in ({"max_tokens": 10}, {"max_tokens": 1500}, {"reasoning_effort": "none"}):
+        assert real.chat("x", model=model, **parameters).status == 200
+        assert (sent(real).get("thinking") or {"type": "disabled"})["type"] == "disabled"
+    loop = [user("x"), calling(call()), tool_result("x")]
+    assert real.chat(loop, model=model, tools=[tool()]).status == 200
+    sent(real)
+
+
+def test_real_stop_and_n(real):
+    assert real.chat("mock:tokens=9", stop="k2", n=2).content == "tok0 tok1 to"
+    del real.api.log[:]
