@@ -133,13 +133,14 @@ class Failure(NamedTuple):
 
 
 LOGIN_CURE = "Claude Code is not logged in. Run `claude auth login`, then try again."
+NO_MODEL = "The model does not exist, or your plan does not include it."
 TOO_LONG = Failure(400, "invalid_request_error", "context_length_exceeded")
 
 FAILURES = {  # by `api_error_status` of the CLI's result line
     400: Failure(400, "invalid_request_error"),
     401: Failure(401, "authentication_error", "not_logged_in", LOGIN_CURE),
     403: Failure(403, "permission_error", "permission_denied"),
-    404: Failure(404, "invalid_request_error", "model_not_found"),
+    404: Failure(404, "invalid_request_error", "model_not_found", NO_MODEL),
     413: Failure(413, "invalid_request_error", "request_too_large"),
     429: Failure(429, "rate_limit_error", "rate_limit_exceeded"),
     500: Failure(502, "api_error", "upstream_error"),
@@ -357,19 +358,20 @@ class Setup(NamedTuple):
 
     system: str = ""
     tools: Tuple[Json, ...] = ()  # as MCP lists them
-    schema: Optional[Json] = None  # of the structured output
 
 
 @dataclass(frozen=True)
 class Ask:
     """All that one request asks. `turns` are Messages API messages, the last one a
-    user's; `names` gives the client's name for a tool's name at the API."""
+    user's; `names` gives the client's name for a tool's name at the API; `structured`:
+    the arguments of STRUCTURED_OUTPUT are the answer's content."""
 
     requested: str
     spawn: Spawn
     setup: Setup
     turns: List[Json]
     names: Dict[str, str] = field(default_factory=dict)
+    structured: bool = False
     stream: bool = False
     include_usage: bool = False
     stops: Tuple[str, ...] = ()
@@ -417,16 +419,17 @@ def parse_request(body: Any, thoughts: Thoughts) -> Ask:
     if script.called and not tools:  # the API wants every called tool defined
         tools = [mcp_tool(name, "", {}) for name in sorted(script.called)]
         choice = {"type": "none"}
-    if choice.get("type") in ("any", "tool"):
-        schema = None  # a call it will be; there is no content to shape
-    elif schema:
+    structured = schema is not None and choice.get("type") not in ("any", "tool")
+    if structured:  # where a call is forced, there is no content to shape
+        tools.append(mcp_tool(STRUCTURED_OUTPUT, STRUCTURED_TEXT, schema))
         choice = structured_choice(choice, names)
     return Ask(
         requested=body["model"],
         spawn=parse_spawn(body, choice, script.unsigned),
-        setup=Setup("\n\n".join(script.system), tuple(tools), schema),
+        setup=Setup("\n\n".join(script.system), tuple(tools)),
         turns=script.turns,
         names=names,
+        structured=structured,
         stream=body.get("stream", False),
         include_usage=parse_include_usage(body),
         stops=parse_stops(body.get("stop", [])),
@@ -449,6 +452,8 @@ def parse_parameters(body: Any) -> Json:
     for name in ("model", "messages"):
         if name not in body:
             raise bad(name, f"Missing required parameter: '{name}'.")
+    if not body["messages"]:
+        raise bad("messages", "'messages' must hold at least one message.")
     return body
 
 
@@ -518,7 +523,10 @@ def parse_format(body: Json) -> Optional[Json]:
 # Tools. The Messages API is strict where clients are not, and the CLI drops *all* tools
 # of a server in silence when one schema is not to its taste.
 
-STRUCTURED_OUTPUT = "StructuredOutput"  # the CLI's tool for `jsonSchema`
+# Our tool whose arguments are the reply. (The CLI has its own, for `jsonSchema`; it
+# drops it in silence for a schema with a keyword that it does not know.)
+STRUCTURED_OUTPUT = "StructuredOutput"
+STRUCTURED_TEXT = "Give your final response as the arguments of this tool."
 RESERVED = {STRUCTURED_OUTPUT, "ToolSearch"}  # names that mean something to the CLI
 API_NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
 
@@ -571,32 +579,58 @@ def object_schema(schema: Json, where: str) -> Json:
     if kind != "object" and not (isinstance(kind, list) and "object" in kind):
         message = f"'{where}' must be a schema of type 'object' at the top."
         raise bad(where, message, "invalid_schema")
-    combined = {k: schema[k] for k in ("anyOf", "oneOf", "allOf") if k in schema}
-    schema = {k: v for k, v in schema.items() if k not in combined and v is not None}
+    schema = {k: v for k, v in modern(schema, where).items() if k != "$schema"}
+    combined = {k: schema.pop(k) for k in COMBINATORS if k in schema}
     schema["type"] = "object"
     properties: Json = {}
-    for branch in [b for bs in combined.values() for b in check(bs, (list,), where)]:
-        properties.update(check(branch, (dict,), where).get("properties", {}))
-    properties.update(may(schema, "properties", (dict,), where) or {})
-    for name in may(schema, "required", (list,), where) or []:
-        check(name, (str,), where + ".required")
+    for branch in [branch for branches in combined.values() for branch in branches]:
+        properties.update(branch.get("properties", {}))
+    properties.update(schema.get("properties", {}))
+    if properties:
+        schema["properties"] = properties
     if combined:
         rule = "The value must also match: " + json.dumps(combined)
         text = may(schema, "description", (str,), where)
         schema["description"] = f"{text}\n{rule}" if text else rule
-    if properties or "properties" in schema:
-        schema["properties"] = {
-            name: plain_schema(value, f"{where}.properties.{name}")
-            for name, value in properties.items()
-        }
     return schema
 
 
-def plain_schema(schema: Any, where: str) -> Json:
-    """JSON Schema's true and false, too, as objects."""
+COMBINATORS = ("anyOf", "oneOf", "allOf")
+JSON_TYPES = {"object", "array", "string", "number", "integer", "boolean", "null"}
+
+
+def modern(schema: Any, where: str) -> Json:
+    """A schema of any draft as one of JSON Schema 2020-12, all through: for one that is
+    not, the CLI drops the tool. Raises APIError 400 where it means nothing."""
     if isinstance(schema, bool):
         return {} if schema else {"not": {}}
-    return check(schema, (dict,), where)
+    schema = {k: v for k, v in check(schema, (dict,), where).items() if v is not None}
+    types = schema.get("type")
+    if types is not None and not JSON_TYPES.issuperset(types if type(types) is list else [types]):
+        del schema["type"]  # "any", "file": no JSON type
+    if type(schema.get("required")) is bool:  # draft 3
+        del schema["required"]
+    for name in may(schema, "required", (list,), where) or []:
+        check(name, (str,), where + ".required")
+    for key, bound in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
+        if type(schema.get(key)) is bool and schema.pop(key) and bound in schema:  # draft 4
+            schema[key] = schema.pop(bound)
+    if type(schema.get("items")) is list:  # draft 7
+        schema["prefixItems"] = schema.pop("items")
+        if "additionalItems" in schema:
+            schema["items"] = schema.pop("additionalItems")
+    for key in ("properties", "patternProperties", "$defs", "definitions"):
+        if key in schema:
+            inner, at = want(schema, key, (dict,), where), f"{where}.{key}"
+            schema[key] = {name: modern(v, f"{at}.{name}") for name, v in inner.items()}
+    for key in (*COMBINATORS, "prefixItems"):
+        if key in schema:
+            inner, at = want(schema, key, (list,), where), f"{where}.{key}"
+            schema[key] = [modern(v, f"{at}[{i}]") for i, v in enumerate(inner)]
+    for key in ("items", "additionalProperties", "not"):
+        if isinstance(schema.get(key), dict):
+            schema[key] = modern(schema[key], f"{where}.{key}")
+    return schema
 
 
 def parse_choice(body: Json, names: Dict[str, str]) -> Json:
@@ -624,8 +658,7 @@ def parse_choice(body: Json, names: Dict[str, str]) -> Json:
 
 
 def structured_choice(choice: Json, names: Dict[str, str]) -> Json:
-    """The tool_choice that leaves no answer but the JSON, or a call of a client's tool.
-    Left to choose, a model may answer with text, and the CLI would ask it again."""
+    """The tool_choice that leaves no answer but the JSON, or a call of a client's tool."""
     if names and choice.get("type") != "none":
         return {**choice, "type": "any"}
     forced = {"type": "tool", "name": STRUCTURED_OUTPUT}
@@ -925,8 +958,6 @@ def initialize_line(setup: Setup) -> Json:
     request: Json = {"subtype": "initialize", "systemPrompt": [setup.system]}
     if setup.tools:
         request["sdkMcpServers"] = [SERVER]
-    if setup.schema:
-        request["jsonSchema"] = setup.schema
     return {"type": "control_request", "request_id": "1", "request": request}
 
 
@@ -1495,9 +1526,9 @@ FINISH_REASONS = {  # the Messages API's stop_reason -> OpenAI's finish_reason
     "tool_use": "tool_calls",
     "refusal": "content_filter",
 }
-# After these the CLI is done or waits for us, unless it has nothing to show; after all
-# others, and with a schema, it goes on with a request of its own.
-CALM_STOPS = ("end_turn", "stop_sequence", "tool_use")
+# After these the CLI is done, unless it has nothing to show; after all others it may go
+# on with a request of its own, also while it ends.
+CALM_STOPS = ("end_turn", "stop_sequence")
 Deltas = Optional[List[Json]]
 
 
@@ -1514,7 +1545,7 @@ class Answer:
     def __init__(self, ask: Ask, index: int = 0, now: float = 0.0):
         self.index, self.now = index, now
         self.stops, self.names = ask.stops, ask.names
-        self.structured = ask.setup.schema is not None
+        self.structured = ask.structured
         self.model = ""
         self.usage: Json = {}
         self.finish_reason: Optional[str] = None
@@ -1551,7 +1582,7 @@ class Answer:
         self.model, self.usage = event["message"]["model"], event["message"]["usage"]
         self.again = {key: "".join(parts) for key, parts in self.said.items() if parts}
         self.call_count, self.thinking = 0, []
-        return [{"role": "assistant", "content": ""}] if first else None
+        return [{"content": ""}] if first else None  # a sign of life
 
     def on_block_start(self, event: Json) -> Deltas:
         self.block = block = dict(event["content_block"])
@@ -1703,8 +1734,7 @@ class Answer:
         self.finish_reason = FINISH_REASONS.get(reason, "stop")
         if reason == "tool_use" and not self.calls:
             self.finish_reason = "stop"  # it was the structured output's own tool
-        shown = self.calls or any(self.said.get("content", ()))
-        self.calm = bool(reason in CALM_STOPS and shown and not self.structured)
+        self.calm = reason in CALM_STOPS and any(self.said.get("content", ()))
         return [{"content": self.held}] if self.held else None
 
 
@@ -1750,6 +1780,7 @@ class Reply:
     created: int
     model: str
     with_usage: bool
+    begun: Set[int] = field(default_factory=set)  # choices whose role was told
 
     def chunk(self, choices: List[Json], usage: Optional[Json] = None) -> Json:
         chunk = {"id": self.id, "object": "chat.completion.chunk", "created": self.created}
@@ -1758,8 +1789,12 @@ class Reply:
             chunk["usage"] = usage
         return chunk
 
-    def delta(self, index: int, delta: Json, finish_reason: Optional[str] = None) -> Json:
-        return self.chunk([{"index": index, "delta": delta, "finish_reason": finish_reason}])
+    def delta(self, index: int, delta: Json, reason: Optional[str] = None) -> Json:
+        """The first one of each choice tells the role."""
+        if index not in self.begun:
+            self.begun.add(index)
+            delta = {"role": "assistant", "content": "", **delta}
+        return self.chunk([{"index": index, "delta": delta, "finish_reason": reason}])
 
 
 class Folded:
@@ -1940,14 +1975,29 @@ class Server(http.server.ThreadingHTTPServer):
         self.woken.close()
         self.waker.close()
 
-    def chunks(self, ask: Ask, client: socket.socket) -> Iterator[Optional[Json]]:
-        """The answer to `ask`, chunk by chunk; None when there is nothing to say yet."""
+    def chunks(self, ask: Ask, client: socket.socket) -> Iterator[Json]:
+        """The answer to `ask`, chunk by chunk; after some silence one that changes
+        nothing. (A comment would not reset the watchdogs of some clients.)"""
+        name, now = "chatcmpl-" + secrets.token_hex(12), int(time.time())
+        reply = Reply(name, now, ask.requested, ask.include_usage or not ask.stream)
+        alive = time.monotonic() + ALIVE_SECONDS
+        with contextlib.closing(self.answer(ask, reply, client)) as chunks:
+            for chunk in chunks:
+                if chunk is None and time.monotonic() < alive:
+                    continue
+                alive = time.monotonic() + ALIVE_SECONDS
+                yield chunk or reply.delta(0, {"content": ""})
+
+    def answer(
+        self, ask: Ask, reply: Reply, client: socket.socket
+    ) -> Iterator[Optional[Json]]:
+        """Chunks; None when there is nothing to say yet."""
         yield from self.gate.enter(ask.n, client)
         claudes: List[Claude] = []
         try:
             for _ in range(ask.n):
                 claudes.append(self.keeper.start(ask))
-            yield from self.converse(ask, claudes, client)
+            yield from self.converse(ask, reply, claudes, client)
         finally:
             for claude in claudes:
                 self.keeper.retire(claude)
@@ -1955,12 +2005,9 @@ class Server(http.server.ThreadingHTTPServer):
             self.wake()
 
     def converse(
-        self, ask: Ask, claudes: List[Claude], client: socket.socket
+        self, ask: Ask, reply: Reply, claudes: List[Claude], client: socket.socket
     ) -> Iterator[Optional[Json]]:
-        now, folded = time.time(), Folded()
-        with_usage = ask.include_usage or not ask.stream
-        name = "chatcmpl-" + secrets.token_hex(12)
-        reply = Reply(name, int(now), ask.requested, with_usage)
+        folded, now = Folded(), time.time()
         answers = {claude: Answer(ask, i, now) for i, claude in enumerate(claudes)}
         heard = listen(claudes, client, self.settings.timeout)
         with contextlib.closing(heard):
@@ -1982,7 +2029,7 @@ class Server(http.server.ThreadingHTTPServer):
                     yield reply.delta(answer.index, {}, answer.finish_reason)
                 elif line["type"] == "rate_limit_event":
                     self.rate_limit = line["rate_limit_info"]
-        if with_usage:
+        if reply.with_usage:
             usages = [answer.usage for answer in answers.values()]
             yield reply.chunk([], openai_usage(usages))
         self.learn(ask, list(answers.values()), folded.message())
@@ -2189,7 +2236,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if ask.stream:
                 self.stream(chunks)
             else:
-                self.send_json(200, fold(chunk for chunk in chunks if chunk))
+                self.send_json(200, fold(chunks))
 
     ROUTES = {
         "/health": {"GET": get_health, "OPTIONS": preflight},
@@ -2198,15 +2245,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         "/chat/completions": {"POST": post_chat, "OPTIONS": preflight},
     }
 
-    def noted(self, chunks: Iterator[Optional[Json]]) -> Iterator[Optional[Json]]:
+    def noted(self, chunks: Iterator[Json]) -> Iterator[Json]:
         """The chunks as they are; what the log will say of them is noted in passing."""
         begun = time.monotonic()
         with contextlib.closing(chunks):
             for chunk in chunks:
-                if chunk and "first" not in self.notes:
-                    first = f"{time.monotonic() - begun:.3f}"
-                    self.notes.update(model=chunk["model"], first=first)
-                usage = chunk and chunk.get("usage")
+                if "first" not in self.notes:
+                    self.notes["first"] = f"{time.monotonic() - begun:.3f}"
+                self.notes["model"] = chunk["model"]
+                usage = chunk.get("usage")
                 if usage:
                     cached = usage["prompt_tokens_details"]["cached_tokens"]
                     self.notes.update({"in": usage["prompt_tokens"], "cached": cached})
@@ -2314,18 +2361,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection.settimeout(WRITE_SECONDS)
         self.connection.sendall(data)
 
-    def stream(self, chunks: Iterator[Optional[Json]]) -> None:
+    def stream(self, chunks: Iterator[Json]) -> None:
         """Server-sent events. The status line waits for the first sign of life, so that
         a failure before it has a status of its own."""
-        alive = time.monotonic() + ALIVE_SECONDS
         try:
             for chunk in chunks:
-                if chunk is None:
-                    if time.monotonic() < alive:
-                        continue
-                    chunk = self.still_alive()
                 self.event(json.dumps(chunk))
-                alive = time.monotonic() + ALIVE_SECONDS
         except APIError as error:
             if not self.streaming:
                 raise
@@ -2335,12 +2376,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.event("[DONE]")
         if self.chunked:
             self.connection.sendall(b"0\r\n\r\n")
-
-    def still_alive(self) -> Json:
-        """A chunk that changes nothing. (A comment would not reset the watchdogs of
-        some clients.)"""
-        reply = Reply("chatcmpl-wait", int(time.time()), self.notes["model"], False)
-        return reply.delta(0, {"content": ""})
 
     def event(self, text: str) -> None:
         if not self.streaming:

@@ -168,8 +168,6 @@ class StandIn:
         self.emit({"type": "system", "subtype": "init", "tools": []})
         misbehave(self, wish)
         names = [tool["name"] for tool in self.tools]
-        if "jsonSchema" in self.told["initialize"]:
-            names.append("StructuredOutput")
         self.stream(wish, names)
         while "stop" in wish:  # as the real one: it goes on by itself
             self.stream({"say": "AFTER"}, names)
@@ -273,8 +271,10 @@ if __name__ == "__main__" and sys.argv[1:2] in (["-p"], ["--version"], ["auth"])
     sys.exit()
 
 
+import ast  # noqa: E402
 import atexit  # noqa: E402
 import contextlib  # noqa: E402
+import dataclasses  # noqa: E402
 import glob  # noqa: E402
 import hashlib  # noqa: E402
 import http.client  # noqa: E402
@@ -872,7 +872,7 @@ def test_refused_parameters(name):
 
 @pytest.mark.parametrize("name", ["model", "messages"])
 def test_required_parameters(name):
-    body = {"model": "sonnet", "messages": []}
+    body = {"model": "sonnet", "messages": [user("x")]}
     del body[name]
     with pytest.raises(proxy.APIError, match=f"Missing.*'{name}'"):
         proxy.parse_request(body, {})
@@ -1161,8 +1161,10 @@ def test_a_silent_stream_is_kept_alive(server, monkeypatch):
     monkeypatch.setattr(proxy, "ALIVE_SECONDS", 0.2)
     reply = server.chat("mock:delay_ms=1500 mock:tokens=1", stream=True)
     choices = [c["choices"][0]["delta"] for c in reply.chunks]
-    assert choices[0] == {"content": ""} and len(choices) > 3
+    assert len({(c["id"], c["created"]) for c in reply.chunks}) == 1
+    assert choices[1] == {"content": ""} and len(choices) > 4
     assert [c for c in choices if "role" in c] == [{"role": "assistant", "content": ""}]
+    assert "role" in choices[0]
     assert reply.content == "tok0 "
 
 
@@ -1390,7 +1392,8 @@ def test_tool_choice_reaches_the_cli(server):
         ({"tools": [tool(parameters={"properties": []})]}, "tools[0].function.parameters.properties"),
         ({"tools": [tool(parameters={"properties": {"a": 5}})]}, "tools[0].function.parameters.properties.a"),
         ({"tools": [tool(parameters={"required": [5]})]}, "tools[0].function.parameters.required"),
-        ({"tools": [tool(parameters={"anyOf": 5})]}, "tools[0].function.parameters"),
+        ({"tools": [tool(parameters={"anyOf": 5})]}, "tools[0].function.parameters.anyOf"),
+        ({"tools": [tool(parameters={"anyOf": [5]})]}, "tools[0].function.parameters.anyOf[0]"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [tool()], "tool_choice": "sometimes"}, "tool_choice"),
         ({"tools": [tool()], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice"),
@@ -1411,6 +1414,26 @@ def test_schemas_are_made_acceptable():
     assert fixed["properties"] == {"a": {"type": "string"}, "b": {}}
     assert fixed["description"].startswith("d\n") and json.dumps(branches) in fixed["description"]
     assert "anyOf" not in fixed and fixed["$defs"] == {"x": {}}
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ({"items": [{"type": "any"}, True]}, {"prefixItems": [{}, {}]}),
+        ({"minimum": 0, "exclusiveMinimum": True}, {"exclusiveMinimum": 0}),
+        ({"maximum": 0, "exclusiveMaximum": False}, {"maximum": 0}),
+        ({"type": "file", "required": True}, {}),
+        ({"type": ["string", "null"]}, {"type": ["string", "null"]}),
+        ({"items": {"properties": {"a": True}}}, {"items": {"properties": {"a": {}}}}),
+        ({"allOf": [{"type": "string"}]}, {"allOf": [{"type": "string"}]}),
+    ],
+)
+def test_schemas_of_older_drafts(old, new):
+    assert proxy.object_schema({"properties": {"p": old}}, "x")["properties"]["p"] == new
+
+
+def test_no_messages():
+    assert refused([])["param"] == "messages"
 
 
 def test_long_descriptions_move_where_they_are_not_cut():
@@ -1534,18 +1557,21 @@ def test_structured_output(server, stream):
 
 def test_structured_output_is_forced(server):
     ask = ask_of(response_format=json_schema())
-    assert ask.setup.schema == SCHEMA and not ask.spawn.thinking
+    assert ask.setup.tools[0]["inputSchema"] == SCHEMA
+    assert ask.structured and not ask.spawn.thinking
     choice = json.loads(ask.spawn.tool_choice)
     assert choice["name"] == "StructuredOutput" and choice["disable_parallel_tool_use"]
     assert ask_of(response_format={"type": "text"}) == ask_of()
     json_object = ask_of(response_format={"type": "json_object"})
-    assert json_object.setup.schema == {"type": "object", "additionalProperties": True}
+    schema = json_object.setup.tools[0]["inputSchema"]
+    assert schema == {"type": "object", "additionalProperties": True}
 
 
 def test_structured_output_with_tools(server):
     both = {"tools": [tool()], "response_format": json_schema()}
     assert json.loads(ask_of(**both).spawn.tool_choice) == {"type": "any"}
-    assert ask_of(**both, tool_choice="required").setup.schema is None
+    forced = ask_of(**both, tool_choice="required")
+    assert not forced.structured and len(forced.setup.tools) == 1
     reply = server.chat("mock:tool=get_weather mock:notext", **both)
     assert reply.finish == "tool_calls"
     reply = server.chat('mock:tool=StructuredOutput mock:notext mock:input={"a":1}', **both)
@@ -1948,6 +1974,71 @@ def test_the_log_has_a_line_for_each_request_and_no_prompt():
     ), line
 
 
+# ── Documents ──────────────────────────────────────────────────────────────────────
+
+
+def read(name):
+    with open(os.path.join(HERE, name), encoding="utf-8") as document:
+        return document.read()
+
+
+def test_readme_lists_every_option_and_parameter():
+    readme = read("README.md")
+    for row in dataclasses.fields(proxy.Settings):
+        flag, name = row.name.replace("_", "-"), proxy.ENVIRONMENT + row.name.upper()
+        default = f"`{row.default}`" if row.default else ""
+        assert f"| `--{flag}` | `{name}` | {default} | {row.metadata['help']} |" in readme
+    for name, row in proxy.PARAMETERS.items():
+        assert f"| `{name}` | {row.use} | {row.why} |" in readme
+    assert len(re.findall(r"^\| `--", readme, re.M)) == len(dataclasses.fields(proxy.Settings))
+    uses = re.findall(r"^\| `\w+` \| (?:honoured|ignored|refused)", readme, re.M)
+    assert len(uses) == len(proxy.PARAMETERS)
+    assert len(readme.splitlines()) <= 250
+
+
+def test_help_lists_every_option_with_its_default():
+    out = command("--help").stdout
+    for row in dataclasses.fields(proxy.Settings):
+        assert "--" + row.name.replace("_", "-") in out
+        assert not row.default or f"(default: {row.default})" in " ".join(out.split())
+
+
+def test_readmes_first_request_works(server):
+    curl = re.search(r"^curl http://localhost:3456(\S+) \\\n  -d '(.*)'$", read("README.md"), re.M)
+    reply = server.request("POST", curl[1], curl[2], {"Content-Type": "application/x-www-form-urlencoded"})
+    assert reply.status == 200 and reply.content == "You said: Hello! "
+
+
+def test_readme_json_and_python_blocks_are_valid():
+    for language, block in re.findall(r"```(python|json)\n(.*?)```", read("README.md"), re.S):
+        json.loads(block) if language == "json" else compile(block, "README.md", "exec")
+
+
+def test_the_plist_starts_the_server(tmp_path):
+    plist = plistlib.loads(read("com.claude-max-api.plist").encode())
+    assert plist["Label"] == "com.claude-max-api"
+    assert plist["RunAtLoad"] is True and plist["KeepAlive"] is True
+    home = tmp_path / "home with space"
+    (home / ".local" / "bin").mkdir(parents=True)
+    shutil.copy(proxy.__file__, home / ".local" / "bin")
+    paths = plist["EnvironmentVariables"]["PATH"].split(":")
+    assert "/opt/homebrew/bin" in paths and "/usr/local/bin" in paths
+    env = {"HOME": str(home), "CLAUDE_MAX_PROXY_PORT": "70000"}
+    env["PATH"] = os.path.dirname(sys.executable) + ":" + plist["EnvironmentVariables"]["PATH"]
+    assert subprocess.run(plist["ProgramArguments"], env=env, timeout=30).returncode == 2
+    log = (home / "Library" / "Logs" / "claude-max-api.log").read_text()
+    assert "--port" in log
+
+
+def test_the_file_stands_alone():
+    tree = ast.parse(read("claude_max_proxy.py"))
+    nodes = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    known = getattr(sys, "stdlib_module_names", None)
+    assert known is None or {name.split(".")[0] for name in names} <= set(known)
+
+
 # ── The contract with the real CLI ─────────────────────────────────────────────────
 
 
@@ -2160,6 +2251,11 @@ def test_real_structured_output(real):
     assert reply.content == '{"a":1}' and reply.finish == "stop"
     until(real.quiet)
     assert sent(real)["tools"][0]["input_schema"] == SCHEMA
+    odd = {"$schema": "https://json-schema.org/draft/2020-12/schema", "x-foo": 1}
+    odd["properties"] = {"a": {"type": "integer", "example": 5, "exclusiveMinimum": True}}
+    assert real.chat('mock:input={"a":1}', response_format=json_schema(odd)).content == '{"a":1}'
+    until(real.quiet)
+    sent(real)
     reply = real.chat('mock:input={"b":2}', response_format={"type": "json_object"})
     assert reply.content == '{"b":2}'
     until(real.quiet)
