@@ -3,6 +3,8 @@
 
     python3 test_claude_max_proxy.py            run the tests (brings its own pytest)
     python3 test_claude_max_proxy.py -k tools   …some of them: pytest's arguments work
+    python3 test_claude_max_proxy.py --bench [--claude PATH]
+                                                measure it beside the bare CLI
     python3 claude_max_proxy.py --claude ./test_claude_max_proxy.py
                                                 try the server without a subscription
 
@@ -486,9 +488,219 @@ def run_tests():
     sys.exit(pytest.main([__file__, *options, *sys.argv[1:]]))
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "--bench" not in sys.argv:
     sys.dont_write_bytecode = True
     run_tests()
+
+# ── The benchmark ──────────────────────────────────────────────────────────────────
+# The real CLI, a Messages API on loopback that answers at once, and the server as a
+# process of its own: what is measured is what stands between a client and the API.
+
+RUNS = 5  # of each measurement; the median counts, the first comes after a warm-up
+
+
+class Bench:
+    def __init__(self, claude):
+        sys.path.insert(0, HERE)
+        import statistics
+
+        import claude_max_proxy
+
+        self.proxy, self.median = claude_max_proxy, statistics.median
+        self.claude, self.api = claude, MessagesAPI()
+        self.home = tempfile.mkdtemp()
+        os.environ.update(self.api.environment(self.home))
+        for name in claude_max_proxy.WITHHELD:
+            os.environ.pop(name, None)
+        self.server = self.port = None
+
+    def start_server(self, *arguments):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        argv = [sys.executable, self.proxy.__file__, "--port", str(self.port)]
+        argv += ["--claude", self.claude, *arguments]
+        self.server = subprocess.Popen(argv, stderr=subprocess.DEVNULL)
+        while socket.socket().connect_ex(("127.0.0.1", self.port)):
+            time.sleep(0.05)
+        self.ask("warm up")
+
+    def stop_server(self):
+        self.server.terminate()
+        self.server.wait()
+
+    def close(self):
+        self.api.close()
+        shutil.rmtree(self.home, ignore_errors=True)
+
+    def ask(self, messages, stream=True, **parameters):
+        """-> (seconds to the first text, seconds in all, the answer's text)."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        body = {"model": "sonnet", "messages": messages, "stream": stream, **parameters}
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.connect()
+        begun, first, parts = time.perf_counter(), None, []
+        connection.request("POST", "/v1/chat/completions", json.dumps(body))
+        response = connection.getresponse()
+        if not stream:
+            text = json.loads(response.read())["choices"][0]["message"]["content"]
+            return None, time.perf_counter() - begun, text
+        for line in response:
+            if line.startswith(b"data: {"):
+                for choice in json.loads(line[6:])["choices"]:
+                    if choice["delta"].get("content"):
+                        first = first or time.perf_counter() - begun
+                        parts.append(choice["delta"]["content"])
+        return first, time.perf_counter() - begun, "".join(parts)
+
+    def bare(self):
+        """`claude -p` as a user would run it -> (first text, total)."""
+        argv = [self.claude, "-p", "hi", "--output-format", "stream-json", "--verbose"]
+        argv += ["--include-partial-messages", "--model", "sonnet"]
+        begun, first = time.perf_counter(), None
+        pipe = subprocess.PIPE
+        with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=pipe, cwd=self.home) as cli:
+            for line in cli.stdout:
+                if b'"text_delta"' in line:
+                    first = first or time.perf_counter() - begun
+        return first, time.perf_counter() - begun
+
+    def by_hand(self):
+        """A CLI that is already up, told all it needs in one write -> first text."""
+        proxy = self.proxy
+        spawn = proxy.Spawn("sonnet")
+        argv, env = [self.claude, *proxy.arguments(spawn)], proxy.environment(spawn)
+        pipe = subprocess.PIPE
+        with subprocess.Popen(argv, stdin=pipe, stdout=pipe, env=env, cwd=self.home) as cli:
+            time.sleep(2)
+            lines = [proxy.initialize_line(proxy.Setup(f"system {time.time()}"))]
+            turn = {"role": "user", "content": [{"type": "text", "text": "hi"}]}
+            lines.append(proxy.query_line(turn, (2, 1, 330)))
+            begun = time.perf_counter()
+            cli.stdin.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+            cli.stdin.flush()
+            for line in cli.stdout:
+                if b'"text_delta"' in line:
+                    first = time.perf_counter() - begun
+                    break
+            cli.terminate()
+        return first
+
+    def repeat(self, measure, pause=0.0):
+        values = []
+        for number in range(RUNS):
+            time.sleep(pause)
+            values.append(measure(number))
+        return self.median(values)
+
+    def conversation(self, depth):
+        """The next turn of a conversation of `depth` turns -> first text."""
+        history = []
+        for i in range(depth):
+            history += [{"role": "user", "content": f"{depth} text {i}"}]
+            history += [{"role": "assistant", "content": f"answer {i}"}]
+        history.append({"role": "user", "content": "and now"})
+        history.append({"role": "assistant", "content": self.ask(history)[2]})
+
+        def next_turn(number):
+            history.append({"role": "user", "content": f"next {number}"})
+            first, _, text = self.ask(history)
+            history.append({"role": "assistant", "content": text})
+            return first
+
+        return self.repeat(next_turn, pause=2.0 + depth / 50)
+
+    def cpu(self):
+        """User and system seconds of the server."""
+        with contextlib.suppress(OSError), open(f"/proc/{self.server.pid}/stat") as stat:
+            fields = stat.read().rpartition(")")[2].split()
+            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        out = subprocess.check_output(["ps", "-o", "time=", "-p", str(self.server.pid)])
+        minutes, _, seconds = out.decode().strip().rpartition(":")
+        return int(minutes or 0) * 60 + float(seconds)
+
+    def rss(self):
+        out = subprocess.check_output(["ps", "-o", "rss=", "-p", str(self.server.pid)])
+        return int(out) / 1024
+
+    def together(self, count):
+        threads = [threading.Thread(target=self.ask, args=(f"hi {i}",)) for i in range(count)]
+        begun = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return time.perf_counter() - begun
+
+    def paid(self):
+        """A conversation of 10 turns -> (tokens paid for, share read from the cache,
+        bytes of the first request)."""
+        del self.api.log[:]
+        history = [{"role": "system", "content": "system " * 285}]
+        for number in range(10):
+            history.append({"role": "user", "content": f"{number} " + "word " * 400})
+            history.append({"role": "assistant", "content": self.ask(history)[2]})
+        usages = [entry["usage"] for entry in self.api.log]
+        fresh, read, written = (sum(column) for column in zip(*usages))
+        size = len(json.dumps(self.api.log[0]["body"])) - 4000
+        return fresh + written, read / (fresh + read + written), size
+
+    def run(self):
+        rows = []
+
+        def row(name, seconds, limit=None, bare=None):
+            ratios = [f"{seconds / x:6.2f}" if x else "      " for x in (bare, limit)]
+            print(f"{name:52} {seconds * 1000:7.0f} ms  {'  '.join(ratios)}", flush=True)
+            rows.append(seconds)
+
+        version = subprocess.check_output([self.claude, "--version"]).decode().split()[0]
+        print(f"Claude Code {version}, Python {sys.version.split()[0]}, {time.strftime('%Y-%m-%d')}, medians of {RUNS}")
+        print(f"{'seconds to the first text':52} {'':10}  {'/ bare':>6}  {'/ up':>6}")
+        self.bare()
+        both = [self.bare() for _ in range(RUNS)]
+        bare = self.median([first for first, _ in both])
+        row("bare `claude -p`", bare, None, bare)
+        row("bare `claude -p`, in all", self.median([total for _, total in both]), None, bare)
+        up = self.repeat(lambda n: self.by_hand())
+        row("a CLI already up, fed by hand", up, up, bare)
+        self.start_server("--spares", "0")
+        row("server, cold", self.repeat(lambda n: self.ask(f"cold {n}")[0]), up, bare)
+        row("server, cold, 8 at once, in all", self.repeat(lambda n: self.together(8)))
+        self.stop_server()
+        self.start_server()
+
+        def new(text):
+            def measure(n):
+                system = {"role": "system", "content": text if text else f"system {time.time()}"}
+                return self.ask([system, {"role": "user", "content": f"new {n}"}])[0]
+            return measure
+
+        row("new conversation, blank spare", self.repeat(new(None), 2.0), up, bare)
+        new("same")(0), time.sleep(2), new("same")(0)
+        row("new conversation, initialized spare", self.repeat(new("same"), 2.0), up, bare)
+        time.sleep(2)
+        row("same, not streamed, in all", self.repeat(lambda n: self.ask([{"role": "system", "content": "same"}, {"role": "user", "content": "x"}], stream=False)[1], 2.0), up, bare)
+        for depth in (1, 10, 100):
+            row(f"next turn of a conversation of {depth}", self.conversation(depth), up, bare)
+        tokens, before = 20000, self.cpu()
+        first, total, _ = self.ask(f"mock:tokens={tokens}")
+        used = (self.cpu() - before) / tokens * 1000
+        print(f"server CPU per 1,000 tokens {used * 1000:.1f} ms ({tokens / total:.0f} tokens/s); RSS {self.rss():.1f} MB")
+        time.sleep(2)
+        paid, share, size = self.paid()
+        print(f"10 turns of 2,000 characters: {paid} input tokens paid for, {share:.0%} read from the cache; {size} bytes a request beside the text")
+        self.stop_server()
+
+
+if __name__ == "__main__":
+    named = sys.argv[sys.argv.index("--claude") + 1] if "--claude" in sys.argv else "claude"
+    bench = Bench(shutil.which(named) or sys.exit("--bench needs a real `claude`."))
+    try:
+        bench.run()
+    finally:
+        bench.close()
+    sys.exit()
 
 
 import pytest  # noqa: E402
