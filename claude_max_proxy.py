@@ -1103,6 +1103,7 @@ class Claude:
         self.turns: List[Json] = []
         self.todo: collections.deque = collections.deque()
         self.outbox = bytearray()
+        self.stdin_watched = False  # by the selector of the owner
         self.waiting = False
         self.partial: List[bytes] = []  # of a line without its end
         self.heard = self.born = time.monotonic()  # the last sign of life
@@ -1175,7 +1176,7 @@ class Claude:
             return []
         lines = b"".join([*self.partial, head]).split(b"\n")
         self.partial = [tail]
-        parsed = [parse_line(line) for line in lines if line.startswith(b"{")]
+        parsed = [parse_line(line) for line in lines if matters(line)]
         return [line for line in parsed if not self.settle(line)]
 
     def read_complaint(self) -> bool:
@@ -1255,6 +1256,16 @@ def read_some(pipe: Any) -> Optional[bytes]:
         return None
 
 
+def matters(line: bytes) -> bool:
+    """Whether a line is worth parsing. There is a line of no use for each thought, and
+    each finished block comes once more (its message has no stop_reason of its own; in a
+    text the quotes would be escaped)."""
+    if line.startswith(b'{"type":"system"'):
+        return b'"api_retry"' in line
+    repeated = line.startswith(b'{"type":"assistant"') and b'"stop_reason":null' in line[:500]
+    return line.startswith(b"{") and not repeated
+
+
 def parse_line(line: bytes) -> Json:
     try:
         return json.loads(line)
@@ -1267,7 +1278,8 @@ Heard = Tuple[Optional[Claude], Optional[Json]]
 
 def listen(claudes: List[Claude], client: socket.socket, patience: float) -> Iterator[Heard]:
     """Yield (process, line) for what the CLIs print, (process, None) at the end of one,
-    and (None, None) at least every tick, until all have been stopped.
+    and (None, None) when there is no more for now, at least every tick, until all have
+    been stopped.
 
     One selector serves their pipes and watches the client's socket, so that nobody else
     is needed to notice that it left. Raises Disconnected, and APIError 504 after
@@ -1292,12 +1304,13 @@ def listen(claudes: List[Claude], client: socket.socket, patience: float) -> Ite
                         yield key.data, line
                         if key.data.stopped:
                             break
-            for claude in [claude for claude in running if claude.stopped]:
-                running.remove(claude)
-                forget(selector, claude)
-            if any(time.monotonic() - c.heard > patience for c in running):
-                message = f"Claude was silent for {patience:g} seconds."
-                raise APIError(504, message, "timeout_error", "timeout")
+            for claude in running[:]:
+                if claude.stopped:
+                    running.remove(claude)
+                    forget(selector, claude)
+                elif time.monotonic() - claude.heard > patience:
+                    message = f"Claude was silent for {patience:g} seconds."
+                    raise APIError(504, message, "timeout_error", "timeout")
             yield None, None
 
 
@@ -1317,14 +1330,17 @@ def heard(selector: selectors.BaseSelector, key: Any) -> List[Optional[Json]]:
 
 def watch_stdin(selector: selectors.BaseSelector, claude: Claude) -> None:
     """Wait for room in its stdin while there is something to write, and only then."""
-    watched = claude.stdin in selector.get_map()
-    if claude.outbox and not watched:
+    if bool(claude.outbox) is claude.stdin_watched:
+        return
+    claude.stdin_watched = not claude.stdin_watched
+    if claude.stdin_watched:
         selector.register(claude.stdin, selectors.EVENT_WRITE, claude)
-    elif watched and not claude.outbox:
+    else:
         selector.unregister(claude.stdin)
 
 
 def forget(selector: selectors.BaseSelector, claude: Claude) -> None:
+    claude.stdin_watched = False
     for pipe in claude.pipes:
         with contextlib.suppress(KeyError):
             selector.unregister(pipe)
@@ -1975,23 +1991,26 @@ class Server(http.server.ThreadingHTTPServer):
         self.woken.close()
         self.waker.close()
 
-    def chunks(self, ask: Ask, client: socket.socket) -> Iterator[Json]:
-        """The answer to `ask`, chunk by chunk; after some silence one that changes
-        nothing. (A comment would not reset the watchdogs of some clients.)"""
+    def chunks(self, ask: Ask, client: socket.socket) -> Iterator[Optional[Json]]:
+        """The answer to `ask`, chunk by chunk, None when there is no more for now; after
+        some silence a chunk that changes nothing. (A comment would not reset the
+        watchdogs of some clients.)"""
         name, now = "chatcmpl-" + secrets.token_hex(12), int(time.time())
         reply = Reply(name, now, ask.requested, ask.include_usage or not ask.stream)
         alive = time.monotonic() + ALIVE_SECONDS
         with contextlib.closing(self.answer(ask, reply, client)) as chunks:
             for chunk in chunks:
-                if chunk is None and time.monotonic() < alive:
-                    continue
-                alive = time.monotonic() + ALIVE_SECONDS
-                yield chunk or reply.delta(0, {"content": ""})
+                if chunk is not None:
+                    alive = time.monotonic() + ALIVE_SECONDS
+                elif time.monotonic() > alive:
+                    alive += ALIVE_SECONDS
+                    yield reply.delta(0, {"content": ""})
+                yield chunk
 
     def answer(
         self, ask: Ask, reply: Reply, client: socket.socket
     ) -> Iterator[Optional[Json]]:
-        """Chunks; None when there is nothing to say yet."""
+        """Chunks; None when there is no more for now."""
         yield from self.gate.enter(ask.n, client)
         claudes: List[Claude] = []
         try:
@@ -2124,6 +2143,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.notes: Json = {}  # for the log
         self.status = 0
         self.body_unread = self.streaming = self.chunked = False
+        self.pending: List[bytes] = []  # events to be sent
         try:
             super().handle_one_request()
         except OSError:  # gone, or too slow: there is nobody to tell
@@ -2236,7 +2256,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if ask.stream:
                 self.stream(chunks)
             else:
-                self.send_json(200, fold(chunks))
+                self.send_json(200, fold(chunk for chunk in chunks if chunk))
 
     ROUTES = {
         "/health": {"GET": get_health, "OPTIONS": preflight},
@@ -2245,15 +2265,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         "/chat/completions": {"POST": post_chat, "OPTIONS": preflight},
     }
 
-    def noted(self, chunks: Iterator[Json]) -> Iterator[Json]:
+    def noted(self, chunks: Iterator[Optional[Json]]) -> Iterator[Optional[Json]]:
         """The chunks as they are; what the log will say of them is noted in passing."""
         begun = time.monotonic()
         with contextlib.closing(chunks):
             for chunk in chunks:
-                if "first" not in self.notes:
-                    self.notes["first"] = f"{time.monotonic() - begun:.3f}"
-                self.notes["model"] = chunk["model"]
-                usage = chunk.get("usage")
+                if chunk and "first" not in self.notes:
+                    first = f"{time.monotonic() - begun:.3f}"
+                    self.notes.update(model=chunk["model"], first=first)
+                usage = chunk and chunk.get("usage")
                 if usage:
                     cached = usage["prompt_tokens_details"]["cached_tokens"]
                     self.notes.update({"in": usage["prompt_tokens"], "cached": cached})
@@ -2361,12 +2381,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection.settimeout(WRITE_SECONDS)
         self.connection.sendall(data)
 
-    def stream(self, chunks: Iterator[Json]) -> None:
-        """Server-sent events. The status line waits for the first sign of life, so that
-        a failure before it has a status of its own."""
+    def stream(self, chunks: Iterator[Optional[Json]]) -> None:
+        """Server-sent events; those that came together leave together. The status line
+        waits for the first one, so that a failure before it has a status of its own."""
         try:
             for chunk in chunks:
-                self.event(json.dumps(chunk))
+                if chunk is not None:
+                    self.event(json.dumps(chunk))
+                elif self.pending:
+                    self.flush()
         except APIError as error:
             if not self.streaming:
                 raise
@@ -2374,16 +2397,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.event(json.dumps(error.body))
         else:
             self.event("[DONE]")
-        if self.chunked:
-            self.connection.sendall(b"0\r\n\r\n")
+        self.flush(b"0\r\n\r\n" if self.chunked else b"")
 
     def event(self, text: str) -> None:
         if not self.streaming:
             self.start_stream()
-        data = f"data: {text}\n\n".encode()
-        if self.chunked:
-            data = b"%x\r\n%b\r\n" % (len(data), data)
-        self.connection.sendall(data)
+        self.pending.append(f"data: {text}\n\n".encode())
 
     def start_stream(self) -> None:
         self.streaming = True
@@ -2392,6 +2411,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
         headers.update({"Transfer-Encoding": "chunked"} if self.chunked else {})
         self.send(self.head(200, headers))
+
+    def flush(self, end: bytes = b"") -> None:
+        data = b"".join(self.pending)
+        self.pending.clear()
+        if self.chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data) + end
+        self.connection.sendall(data)
 
     def fail(self, error: APIError) -> None:
         """The one renderer of errors."""
