@@ -30,7 +30,7 @@ The path of a request, and who runs where:
 
 Security: it listens on loopback; Host, Origin and Sec-Fetch-Site are checked, so no web
 page can spend your quota; nothing of a request reaches argv but a checked model id and
-effort level; the CLI runs without tools, settings, hooks, MCP servers and file mentions,
+effort level; the CLI runs without tools, settings, hooks, MCP servers or file mentions,
 in an empty private directory; prompts are never logged. A client that leaves ends its
 CLI, and so does the server when it ends.
 
@@ -87,6 +87,7 @@ TICK_SECONDS = 0.5  # how often the main thread, and a request that waits, look 
 TERM_SECONDS = 1.0  # from SIGTERM to SIGKILL
 DRAIN_SECONDS = 3.0  # that answers in flight get when the server stops
 SPARE_SECONDS = 600  # an unused spare process holds 155 MB
+LOGIN_SECONDS = 5  # between two looks whether somebody has logged in
 PROBE_SECONDS = 20  # for `claude --version` and `claude auth status`
 QUEUE_PER_SLOT = 4  # waiting requests for each of --max-concurrency
 MAX_CHOICES = 8  # `n`: one CLI process each
@@ -214,7 +215,7 @@ class Settings:
     port: int = option(3456, "port to listen on", number(int, 0, 65535))
     api_key: str = option("", "demand this key from clients (as `Bearer KEY`)")
     allow_origin: str = option("", "web origins that may ask, comma-separated")
-    claude: str = option("", "path of the Claude Code CLI, if it is not found by itself")
+    claude: str = option("", "path of the Claude Code CLI, where it is not found")
     max_concurrency: int = option(8, "CLI processes at once", number(int, 1, 1000))
     spares: int = option(2, "processes started ahead, 155 MB each", number(int, 0, 100))
     timeout: float = option(600.0, "seconds of silence before 504", number(float, 0.01))
@@ -242,8 +243,8 @@ def parse_arguments(argv: List[str]) -> Tuple[Settings, bool]:
     parser = Parser(
         prog="claude_max_proxy.py",
         description="OpenAI-compatible server for your Claude subscription.",
-        epilog=f"Each option can also be set as {ENVIRONMENT}NAME, such as {ENVIRONMENT}"
-        "API_KEY: better than the flag, which `ps` shows to everyone.",
+        epilog=f"Each option can also be set as {ENVIRONMENT}NAME, such as "
+        f"{ENVIRONMENT}API_KEY: better than the flag, which `ps` shows to everyone.",
     )
     parser.add_argument("--version", action="version", version=own_version())
     parser.add_argument("--check", action="store_true", help="say what works, and exit")
@@ -316,10 +317,10 @@ PARAMETERS = {
     "stream_options": Parameter((dict,), HONOURED, "include_usage"),
     "max_tokens": Parameter((int,), HONOURED, "at least 1"),
     "max_completion_tokens": Parameter((int,), HONOURED, "wins over max_tokens"),
-    "stop": Parameter((str, list), HONOURED, "1 to 4 strings; the CLI ends at the match"),
+    "stop": Parameter((str, list), HONOURED, "1 to 4 strings; the CLI ends at a match"),
     "n": Parameter((int,), HONOURED, "1 to 8, one CLI process each"),
     "tools": Parameter((list,), HONOURED, "functions; the client runs them"),
-    "tool_choice": Parameter((str, dict), HONOURED, "none, auto, required or a function"),
+    "tool_choice": Parameter((str, dict), HONOURED, "none, auto, required, a function"),
     "parallel_tool_calls": Parameter((bool,), HONOURED, "false: one call at a time"),
     "response_format": Parameter((dict,), HONOURED, "text, json_object, json_schema"),
     "reasoning_effort": Parameter((str,), HONOURED, "none to max"),
@@ -482,7 +483,7 @@ def cli_model(name: str) -> str:
     if model in MODELS.values() or MODEL_ID.fullmatch(model):
         return model
     known = ", ".join([*MODELS, *MODELS.values()])
-    message = f"The model '{name[:100]}' does not exist. Use {known} or a full Claude id."
+    message = f"There is no model '{name[:100]}'. Use {known} or a full Claude id."
     raise APIError(404, message, code="model_not_found", param="model")
 
 
@@ -605,16 +606,16 @@ def modern(schema: Any, where: str) -> Json:
     if isinstance(schema, bool):
         return {} if schema else {"not": {}}
     schema = {k: v for k, v in check(schema, (dict,), where).items() if v is not None}
-    types = schema.get("type")
-    if types is not None and not JSON_TYPES.issuperset(types if type(types) is list else [types]):
+    kind = schema.get("type", [])
+    if not JSON_TYPES.issuperset(kind if isinstance(kind, list) else [kind]):
         del schema["type"]  # "any", "file": no JSON type
     if type(schema.get("required")) is bool:  # draft 3
         del schema["required"]
     for name in may(schema, "required", (list,), where) or []:
         check(name, (str,), where + ".required")
-    for key, bound in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
-        if type(schema.get(key)) is bool and schema.pop(key) and bound in schema:  # draft 4
-            schema[key] = schema.pop(bound)
+    for key, end in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
+        if type(schema.get(key)) is bool and schema.pop(key) and end in schema:
+            schema[key] = schema.pop(end)  # draft 4
     if type(schema.get("items")) is list:  # draft 7
         schema["prefixItems"] = schema.pop("items")
         if "additionalItems" in schema:
@@ -658,7 +659,7 @@ def parse_choice(body: Json, names: Dict[str, str]) -> Json:
 
 
 def structured_choice(choice: Json, names: Dict[str, str]) -> Json:
-    """The tool_choice that leaves no answer but the JSON, or a call of a client's tool."""
+    """The tool_choice that leaves no answer but the JSON, or a client's tool call."""
     if names and choice.get("type") != "none":
         return {**choice, "type": "any"}
     forced = {"type": "tool", "name": STRUCTURED_OUTPUT}
@@ -771,8 +772,8 @@ class Transcript:
 
     def expect_no_open_call(self) -> None:
         for name, where in self.open.items():
-            message = f"The tool call '{name[:100]}' has no response: tool messages must "
-            raise bad(where, message + "follow an assistant message with 'tool_calls'.")
+            message = f"The tool call '{name[:100]}' has no response: 'tool_calls' must "
+            raise bad(where, message + "be followed by a tool message for each.")
 
     def finish(self) -> None:
         self.expect_no_open_call()
@@ -802,8 +803,8 @@ def parse_content(message: Json, where: str, kinds: Tuple[str, ...]) -> List[Jso
         kind = want(check(part, (dict,), at), "type", (str,), at)
         if kind not in kinds:
             known = ", ".join(kinds)
-            message_ = f"Content of type '{kind[:50]}' is not supported here; {known} is."
-            raise bad(at, message_, "unsupported_content")
+            text = f"Content of type '{kind[:50]}' is not supported here; {known} is."
+            raise bad(at, text, "unsupported_content")
         block = PARTS[kind](part, at)
         if block["type"] != "text" or block["text"].strip():
             blocks.append(block)
@@ -906,8 +907,8 @@ ARGV = [
     *("--setting-sources", ""),  # no hooks, plugins and CLAUDE.md
     "--disable-slash-commands",
     *("--allowedTools", f"mcp__{SERVER}"),
-    # no reminder how to sign commits where a client names a tool Bash
-    *("--settings", '{"attribution":{"commit":"","pr":""},"includeCoAuthoredBy":false}'),
+    "--settings",  # no reminder how to sign commits where a client names a tool Bash
+    '{"attribution":{"commit":"","pr":""},"includeCoAuthoredBy":false}',
 ]
 VARIABLES = {
     "CLAUDE_CODE_DISABLE_ATTACHMENTS": "1",  # `@/path` in a text would read that file
@@ -926,8 +927,8 @@ VARIABLES = {
     "DISABLE_AUTOUPDATER": "1",
 }
 CACHE_MARK = {"type": "ephemeral", "ttl": "1h"}
-# They would bill by the token instead of the subscription, or keep the CLI from starting
-# inside another.
+# They would bill by the token instead of the subscription, or keep the CLI from
+# starting inside another.
 WITHHELD = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDECODE")
 SPAWN_VARIABLES = (  # set by environment() or not at all
     "CLAUDE_CODE_MAX_OUTPUT_TOKENS", "CLAUDE_CODE_DISABLE_THINKING",
@@ -1006,11 +1007,12 @@ PLACES = """
 /home/linuxbrew/.linuxbrew/bin ~/.npm-global/bin ~/.npm/bin ~/.bun/bin ~/.volta/bin
 ~/.local/share/pnpm ~/Library/pnpm ~/.yarn/bin ~/n/bin ~/.asdf/shims
 ~/.local/share/mise/shims ~/.nix-profile/bin ~/.nvm/versions/node/*/bin
-~/.fnm/node-versions/*/installation/bin ~/.local/share/fnm/node-versions/*/installation/bin
+~/.fnm/node-versions/*/installation/bin
+~/.local/share/fnm/node-versions/*/installation/bin
 """.split()
 NO_CLI = (
-    "Claude Code was not found. Install it with `npm install -g @anthropic-ai/claude-code`"
-    ", or give its path with --claude."
+    "Claude Code was not found. Install it with `npm install -g "
+    "@anthropic-ai/claude-code`, or give its path with --claude."
 )
 
 
@@ -1036,12 +1038,15 @@ def find_claude(chosen: str) -> str:
     found = [shutil.which("claude")]
     for place in PLACES:
         matches = glob.glob(os.path.expanduser(place) + "/claude")
-        newest_first = sorted(matches, key=lambda p: [int(n) for n in re.findall(r"\d+", p)])
-        found += reversed(newest_first)
+        found += sorted(matches, key=numbers_in, reverse=True)  # the newest node first
     for path in found:
         if path and os.access(path, os.X_OK):
             return path
     raise unavailable(NO_CLI, "no_cli")
+
+
+def numbers_in(path: str) -> List[int]:
+    return [int(digits) for digits in re.findall(r"\d+", path)]
 
 
 def stamp_of(path: str) -> Tuple[Any, ...]:
@@ -1061,7 +1066,7 @@ def probe(path: str) -> Program:
     program = Program(path, tuple(map(int, found.groups())), stamp)
     if program.version < OLDEST_CLI:
         oldest, own = ".".join(map(str, OLDEST_CLI)), program.version_text
-        message = f"Claude Code {own} is too old, {oldest} is needed: run `claude update`."
+        message = f"Claude Code {own} is too old; {oldest} is needed: `claude update`."
         raise unavailable(message, "cli_too_old")
     return program
 
@@ -1076,11 +1081,10 @@ def is_logged_in(path: str) -> bool:
 
 def run_briefly(*argv: str) -> subprocess.CompletedProcess:
     """A short command of the CLI; one that can't run or hangs has exit code 1."""
-    options: Json = {"stdin": subprocess.DEVNULL, "timeout": PROBE_SECONDS, "text": True}
+    options: Json = {"stdin": subprocess.DEVNULL, "capture_output": True}
+    options.update(text=True, errors="replace", env=environment(Spawn("")))
     try:
-        return subprocess.run(
-            argv, capture_output=True, errors="replace", env=environment(Spawn("")), **options
-        )
+        return subprocess.run(argv, timeout=PROBE_SECONDS, **options)
     except (OSError, subprocess.TimeoutExpired):
         return subprocess.CompletedProcess(argv, 1, "", "")
 
@@ -1122,6 +1126,10 @@ class Claude:
         for pipe in self.pipes:
             os.set_blocking(pipe.fileno(), False)
 
+    def is_usable(self, program: Program) -> bool:
+        """Whether it is alive, and of the CLI that is installed now."""
+        return self.program == program and self.process.poll() is None
+
     def fits(self, ask: Ask) -> int:
         """0 if it has been told what `ask` does not begin with, else more for more."""
         told = len(self.turns)
@@ -1132,7 +1140,7 @@ class Claude:
         return 1 + bool(self.setup) + told
 
     def tell(self, setup: Setup, turns: List[Json], query: bool) -> None:
-        """Queue what it has not been told; with `query` the last turn asks the model."""
+        """Queue what it has not been told; with `query` the last turn asks."""
         if self.setup is None:
             self.todo.append(initialize_line(setup))
         for place in range(len(self.turns), len(turns) - query):
@@ -1262,8 +1270,9 @@ def matters(line: bytes) -> bool:
     text the quotes would be escaped)."""
     if line.startswith(b'{"type":"system"'):
         return b'"api_retry"' in line
-    repeated = line.startswith(b'{"type":"assistant"') and b'"stop_reason":null' in line[:500]
-    return line.startswith(b"{") and not repeated
+    if line.startswith(b'{"type":"assistant"'):
+        return b'"stop_reason":null' not in line[:500]
+    return line.startswith(b"{")
 
 
 def parse_line(line: bytes) -> Json:
@@ -1276,7 +1285,9 @@ def parse_line(line: bytes) -> Json:
 Heard = Tuple[Optional[Claude], Optional[Json]]
 
 
-def listen(claudes: List[Claude], client: socket.socket, patience: float) -> Iterator[Heard]:
+def listen(
+    claudes: List[Claude], client: socket.socket, patience: float
+) -> Iterator[Heard]:
     """Yield (process, line) for what the CLIs print, (process, None) at the end of one,
     and (None, None) when there is no more for now, at least every tick, until all have
     been stopped.
@@ -1295,15 +1306,8 @@ def listen(claudes: List[Claude], client: socket.socket, patience: float) -> Ite
             for claude in running:
                 watch_stdin(selector, claude)
             for key, _ in selector.select(TICK_SECONDS):
-                if key.data is None:
-                    if has_left(client):
-                        raise Disconnected
-                    selector.unregister(client)  # it sends its next request already
-                elif not key.data.stopped:
-                    for line in heard(selector, key):
-                        yield key.data, line
-                        if key.data.stopped:
-                            break
+                for line in heard(selector, key):
+                    yield key.data, line
             for claude in running[:]:
                 if claude.stopped:
                     running.remove(claude)
@@ -1315,9 +1319,14 @@ def listen(claudes: List[Claude], client: socket.socket, patience: float) -> Ite
 
 
 def heard(selector: selectors.BaseSelector, key: Any) -> List[Optional[Json]]:
-    """Serve a pipe that is ready -> the lines that came; [None] at their end."""
+    """Serve a pipe that is ready -> the lines that came; [None] at their end. The
+    client's socket has no data: it has left, or sends its next request already."""
     claude = key.data
-    if key.fileobj is claude.stdin:
+    if claude is None:
+        if has_left(key.fileobj):
+            raise Disconnected
+        selector.unregister(key.fileobj)
+    elif key.fileobj is claude.stdin:
         claude.write()
     elif key.fileobj is claude.stderr:
         if not claude.read_complaint():
@@ -1401,8 +1410,9 @@ class Keeper:
         return found
 
     def has_login(self) -> bool:
-        """Whether the CLI is logged in; after a "no" it is asked again, but not often."""
-        if not self.login and (self.login is None or time.monotonic() > self.looked + 5):
+        """Whether the CLI is logged in; a "no" is doubted again, not too often."""
+        is_due = self.login is None or time.monotonic() > self.looked + LOGIN_SECONDS
+        if not self.login and is_due:
             self.login = is_logged_in(self.program().path)
             self.looked = time.monotonic()
         return self.login
@@ -1419,9 +1429,11 @@ class Keeper:
     def take(self, ask: Ask, program: Program) -> Optional[Claude]:
         """The spare that fits best, if any: nobody else's from here on."""
         with self.lock:
-            fitting = [(c.fits(ask), i) for i, c in enumerate(self.spares) if is_fit(c, program)]
-            best, i = max(fitting, default=(0, 0))
-            return self.release(i) if best else None
+            usable = [c for c in self.spares if c.is_usable(program)]
+            best = max(usable, key=lambda c: c.fits(ask), default=None)
+            if not best or not best.fits(ask):
+                return None
+            return self.release(best)
 
     def spawn(self, program: Program, spawn: Spawn) -> Claude:
         try:
@@ -1430,9 +1442,9 @@ class Keeper:
             reason = f"Claude Code can't be started: {error.strerror}."
             raise unavailable(reason, "no_cli") from error
 
-    def release(self, i: int) -> Claude:
-        """Take spare number i out of the main thread's hands. Needs the lock."""
-        claude = self.spares.pop(i)
+    def release(self, claude: Claude) -> Claude:
+        """Take a spare out of the main thread's hands. Needs the lock."""
+        self.spares.remove(claude)
         forget(self.selector, claude)
         return claude
 
@@ -1445,7 +1457,7 @@ class Keeper:
             self.live.discard(claude)
             self.dying.append(claude)
 
-    def wish_for_next(self, ask: Ask, turns: Optional[List[Json]]) -> None:
+    def wish_for_next(self, ask: Ask, turns: List[Json]) -> None:
         """An answer is out: have ready what the next request may need. `turns` are the
         conversation's if it is likely to go on. One-shot requests cost one start each,
         as without spares: a blank process, or an initialized one where the same system
@@ -1507,8 +1519,7 @@ class Keeper:
     def drop(self, unwanted: Any) -> None:
         """Retire the spares for which `unwanted` holds."""
         with self.lock:
-            places = [i for i, claude in enumerate(self.spares) if unwanted(claude)]
-            dropped = [self.release(i) for i in reversed(places)]
+            dropped = [self.release(c) for c in self.spares[:] if unwanted(c)]
         for claude in dropped:
             self.retire(claude)
 
@@ -1522,11 +1533,6 @@ class Keeper:
     def close(self) -> None:
         self.selector.close()
         shutil.rmtree(self.home, ignore_errors=True)
-
-
-def is_fit(claude: Claude, program: Program) -> bool:
-    """Whether a spare is alive, and of the CLI that is installed now."""
-    return claude.program == program and claude.process.poll() is None
 
 
 # ── Response ───────────────────────────────────────────────────────────────────────
@@ -1584,7 +1590,7 @@ class Answer:
             handler = self.LINES.get(line["type"])
             return (handler(self, line) if handler else None) or []
         except (KeyError, TypeError, AttributeError, IndexError):
-            raise bad_gateway("The Claude CLI printed a line of unknown shape.") from None
+            raise bad_gateway("The Claude CLI printed a strange line.") from None
 
     def on_event(self, line: Json) -> Deltas:
         event = line["event"]
@@ -1674,13 +1680,15 @@ class Answer:
         if not line.get("is_error"):
             raise bad_gateway("Claude ended without an answer.")
         words = line.get("terminal_reason"), self.category
-        text = str(line.get("result") or "")
-        raise failure(line.get("api_error_status"), words, text, self.resets_at - self.now)
+        text, status = str(line.get("result") or ""), line.get("api_error_status")
+        raise failure(status, words, text, self.resets_at - self.now)
 
     def on_system(self, line: Json) -> Deltas:
         """A retry to come: it helps against the API's own troubles alone."""
-        if line.get("subtype") == "api_retry" and 400 <= (line["error_status"] or 0) < 500:
-            status, category = line["error_status"], line.get("error")
+        if line.get("subtype") != "api_retry":
+            return None
+        status, category = line["error_status"] or 0, line.get("error")
+        if 400 <= status < 500:
             text = f"The Claude API answered {status} ({category})."
             raise failure(status, (None, category), text, line["retry_delay_ms"] / 1000)
         return None
@@ -1714,7 +1722,8 @@ class Answer:
         if not text:
             return None
         if isinstance(channel, int):
-            return [{"tool_calls": [{"index": channel, "function": {"arguments": text}}]}]
+            part = {"index": channel, "function": {"arguments": text}}
+            return [{"tool_calls": [part]}]
         return [{channel: text}]
 
     def unsaid(self, channel: Any, text: str) -> str:
@@ -1777,7 +1786,8 @@ def openai_usage(usages: List[Json]) -> Json:
     cached, written = "cache_read_input_tokens", "cache_creation_input_tokens"
     prompt, completion = total("input_tokens", cached, written), total("output_tokens")
     details = [usage.get("output_tokens_details") or {} for usage in usages]
-    thought = [d["thinking_tokens"] for d in details if d.get("thinking_tokens") is not None]
+    told = [detail.get("thinking_tokens") for detail in details]
+    thought = [tokens for tokens in told if tokens is not None]
     reasoning = {"completion_tokens_details": {"reasoning_tokens": sum(thought)}}
     return {
         "prompt_tokens": prompt,
@@ -1799,8 +1809,8 @@ class Reply:
     begun: Set[int] = field(default_factory=set)  # choices whose role was told
 
     def chunk(self, choices: List[Json], usage: Optional[Json] = None) -> Json:
-        chunk = {"id": self.id, "object": "chat.completion.chunk", "created": self.created}
-        chunk.update(model=self.model, choices=choices)
+        chunk = {"id": self.id, "object": "chat.completion.chunk"}
+        chunk.update(created=self.created, model=self.model, choices=choices)
         if self.with_usage:
             chunk["usage"] = usage
         return chunk
@@ -1860,8 +1870,8 @@ def fold(chunks: Iterable[Json]) -> Json:
 
 
 # ── HTTP ───────────────────────────────────────────────────────────────────────────
-# To add an endpoint, add a method to Handler and a row to Handler.ROUTES. Who may ask is
-# one ladder, Handler.guard().
+# To add an endpoint, add a method to Handler and a row to Handler.ROUTES. Who may ask
+# is one ladder, Handler.guard().
 
 
 class Gate:
@@ -1933,11 +1943,12 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, settings: Settings):
         self.settings = settings
-        self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        is_v6 = ":" in settings.host
+        self.address_family = socket.AF_INET6 if is_v6 else socket.AF_INET
         super().__init__((settings.host, settings.port), Handler)
         self.gate = Gate(settings.max_concurrency)
         self.keeper = Keeper(settings.claude, settings.spares)
-        self.origins = {o.strip() for o in settings.allow_origin.split(",") if o.strip()}
+        self.origins = set(re.findall(r"[^\s,]+", settings.allow_origin))
         self.thoughts: Thoughts = {}
         self.rate_limit: Optional[Json] = None
         self.started = time.monotonic()
@@ -1958,11 +1969,14 @@ class Server(http.server.ThreadingHTTPServer):
         with contextlib.suppress(OSError):
             self.waker.send(b"\0")
 
+    def was_woken(self) -> None:
+        self.woken.recv(4096)
+
     def serve(self) -> None:
         """The main thread's life: accept, feed the spares, reap; until `stopping`."""
         selector = self.keeper.selector
         selector.register(self.socket, selectors.EVENT_READ, self.accept)
-        selector.register(self.woken, selectors.EVENT_READ, lambda: self.woken.recv(4096))
+        selector.register(self.woken, selectors.EVENT_READ, self.was_woken)
         while not self.stopping:
             for key, _ in selector.select(TICK_SECONDS):
                 if isinstance(key.data, Claude):
@@ -1992,8 +2006,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.waker.close()
 
     def chunks(self, ask: Ask, client: socket.socket) -> Iterator[Optional[Json]]:
-        """The answer to `ask`, chunk by chunk, None when there is no more for now; after
-        some silence a chunk that changes nothing. (A comment would not reset the
+        """The answer to `ask`, chunk by chunk; None when there is no more for now. After
+        some silence comes a chunk that changes nothing. (A comment would not reset the
         watchdogs of some clients.)"""
         name, now = "chatcmpl-" + secrets.token_hex(12), int(time.time())
         reply = Reply(name, now, ask.requested, ask.include_usage or not ask.stream)
@@ -2034,6 +2048,8 @@ class Server(http.server.ThreadingHTTPServer):
                 if claude is None:
                     yield None
                     continue
+                if claude.stopped:
+                    continue  # its answer is complete; these lines came behind it
                 if line is None:
                     raise self.died(claude)
                 answer = answers[claude]
@@ -2075,11 +2091,13 @@ class Server(http.server.ThreadingHTTPServer):
                 self.thoughts[answer.calls[0]["id"]] = thought
         while len(self.thoughts) > MAX_THOUGHTS:
             self.thoughts.pop(next(iter(list(self.thoughts))), None)
-        likely = "tool_calls" in message or len(ask.turns) > 1
-        script = Transcript(self.thoughts, ask.spawn.model, ask.turns)
-        if likely and ask.n == 1:
+        goes_on = "tool_calls" in message or len(ask.turns) > 1
+        turns: List[Json] = []
+        if goes_on and ask.n == 1 and (message["content"] or "tool_calls" in message):
+            script = Transcript(self.thoughts, ask.spawn.model, ask.turns)
             script.add(message, "answer")
-        self.keeper.wish_for_next(ask, script.turns if len(script.turns) > len(ask.turns) else None)
+            turns = script.turns
+        self.keeper.wish_for_next(ask, turns)
 
     def health(self) -> Tuple[int, Json]:
         """-> (status, body) of /health."""
@@ -2325,7 +2343,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def read_chunked(self) -> bytes:
         parts, total = [], 0
         while True:
-            size = re.match(rb"([0-9a-fA-F]{1,8})[ \t]*(;.*)?\r?\n", self.rfile.readline(1024))
+            line = self.rfile.readline(1024)
+            size = re.match(rb"([0-9a-fA-F]{1,8})[ \t]*(;.*)?\r?\n", line)
             if not size:
                 raise bad("", "The chunked request body is malformed.")
             count = int(size[1], 16)
