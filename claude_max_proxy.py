@@ -97,7 +97,7 @@ MIN_THINKING_TOKENS = 2048  # max_tokens below leave no room for a thought (API:
 MAX_DESCRIPTION = 2048  # characters; older CLIs cut a tool's description there
 MAX_THOUGHTS = 1000  # tool calls whose signed thinking is remembered
 OLDEST_CLI = (2, 1, 112)  # takes shouldQuery and a late system prompt (measured)
-UNTYPED_TEXT_CLI = (2, 1, 330)  # honours client_composed (measured; 2.1.197 does not)
+UNTYPED_TEXT_CLI = (2, 1, 330)  # honours text_not_typed (measured; 2.1.197 does not)
 
 
 # ── Errors ─────────────────────────────────────────────────────────────────────────
@@ -968,7 +968,7 @@ def turn_line(turn: Json, place: int, version: Tuple[int, ...]) -> Json:
     line = {"type": turn["role"], "session_id": "", "parent_tool_use_id": None}
     if turn["role"] == "user":
         message["content"] = untyped(turn["content"], version)
-        line.update(shouldQuery=False, client_composed=True)
+        line.update(shouldQuery=False, text_not_typed=True)
     else:
         usage = {"input_tokens": 0, "output_tokens": 0}
         message.update(id=f"msg_{place}", type="message", usage=usage)
@@ -989,7 +989,7 @@ def query_line(turn: Json, version: Tuple[int, ...]) -> Json:
 
 def untyped(content: List[Json], version: Tuple[int, ...]) -> List[Json]:
     """User content that the CLI does not take for typed input. Where it does not know
-    `client_composed`, a last text that begins with "/" is a command, in earlier turns,
+    `text_not_typed`, a last text that begins with "/" is a command, in earlier turns,
     too. Cut behind the slashes it is none, and reads the same."""
     text = content[-1].get("text", "")
     if version >= UNTYPED_TEXT_CLI or not text.startswith("/"):

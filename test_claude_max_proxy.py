@@ -871,15 +871,17 @@ def logged(monkeypatch):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def nothing_left():
+def nothing_left(tmp_path_factory):
     """At the end no child process, thread, or temporary directory more than before."""
     before = set(threading.enumerate())
-    pattern = os.path.join(tempfile.gettempdir(), "claude-max-proxy-*")
-    homes = set(glob.glob(pattern))
-    yield
+    home = tmp_path_factory.mktemp("tmp")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(home))
+        patch.setenv("TMPDIR", str(home))
+        yield
     until(lambda: set(threading.enumerate()) <= before)
     assert not children()
-    assert set(glob.glob(pattern)) <= homes
+    assert not list(home.glob("claude-max-proxy-*"))
 
 
 def user(text):
@@ -1232,7 +1234,7 @@ def test_typed_commands_are_text(text, old, new):
     content = text_blocks("first", text)
     assert proxy.untyped(content, (2, 1, 197)) == text_blocks("first", *old)
     assert proxy.untyped(content, (2, 1, 330)) == text_blocks("first", *new)
-    assert proxy.turn_line({"role": "user", "content": content}, 0, (2, 1, 330))["client_composed"]
+    assert proxy.turn_line({"role": "user", "content": content}, 0, (2, 1, 330))["text_not_typed"]
 
 
 def test_long_prompts(server):
