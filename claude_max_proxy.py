@@ -1462,9 +1462,9 @@ class Keeper:
         conversation's if it is likely to go on. One-shot requests cost one start each,
         as without spares: a blank process, or an initialized one where the same system
         prompt and tools come again."""
-        if not self.most:
-            return
         with self.lock:
+            if not self.most:
+                return
             known = ask.setup in self.setups
             self.setups.append(ask.setup)
             if not any(c.fits(ask) and not c.turns for c in self.spares):
@@ -1523,10 +1523,15 @@ class Keeper:
         for claude in dropped:
             self.retire(claude)
 
-    def stop_all(self, how: int) -> None:
-        self.drop(lambda claude: True)
+    def spare_no_more(self) -> None:
         with self.lock:
-            claudes = [*self.live, *self.dying]
+            self.most = 0
+            self.wishes.clear()
+        self.drop(lambda claude: True)
+
+    def stop_all(self, how: int) -> None:
+        with self.lock:
+            claudes = [*self.live, *self.dying, *self.spares]
         for claude in claudes:
             claude.stop(how)
 
@@ -1992,6 +1997,7 @@ class Server(http.server.ThreadingHTTPServer):
     def drain(self) -> None:
         """Give answers in flight a moment, then end every process."""
         self.server_close()
+        self.keeper.spare_no_more()
         deadline = time.monotonic() + DRAIN_SECONDS
         while not self.gate.is_idle(TICK_SECONDS / 5) and time.monotonic() < deadline:
             self.keeper.tick()
@@ -2031,6 +2037,10 @@ class Server(http.server.ThreadingHTTPServer):
             for _ in range(ask.n):
                 claudes.append(self.keeper.start(ask))
             yield from self.converse(ask, reply, claudes, client)
+        except APIError as error:
+            if error.status == 401:
+                self.keeper.login = False  # for /health, until an answer comes
+            raise
         finally:
             for claude in claudes:
                 self.keeper.retire(claude)

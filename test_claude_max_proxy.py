@@ -1415,10 +1415,7 @@ def test_a_client_that_leaves_ends_its_cli(server, stream, wish):
 
 def test_a_stubborn_cli_and_its_children_are_killed(server):
     with send_request(server, "mock:stubborn mock:child mock:gap_ms=60000", True) as connection:
-        seen = b""
-        while not re.search(rb'content": "(\d+)"', seen):
-            seen += connection.recv(65536)
-        child = int(re.search(rb'content": "(\d+)"', seen)[1])
+        child = child_of(connection)
     until(lambda: gone(child), 3)
     until(server.quiet, 3)
 
@@ -2027,16 +2024,16 @@ def test_the_number_of_spares_is_bounded(sparing):
 
 
 def test_many_at_once_are_not_mixed_up(make):
-    one = make(spares=2, max_concurrency=32)
+    one = make(spares=2, max_concurrency=16)
     replies = {}
     def go(i):
         replies[i] = one.chat([user(f"q{i}"), assistant("x"), user(f"text{i}")], stream=bool(i % 2)).content
-    threads = [threading.Thread(target=go, args=(i,)) for i in range(32)]
+    threads = [threading.Thread(target=go, args=(i,)) for i in range(16)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert replies == {i: f"You said: text{i} " for i in range(32)}
+    assert replies == {i: f"You said: text{i} " for i in range(16)}
 
 
 # ── The CLI found or not ───────────────────────────────────────────────────────────
@@ -2110,8 +2107,15 @@ def running(*arguments):
         process.stderr.close()
 
 
-def test_version_names_the_file():
-    out = command("--version").stdout
+def complaint(capsys, *arguments):
+    """What parse_arguments() says before it exits -> (exit code, stdout, stderr)."""
+    with pytest.raises(SystemExit) as caught:
+        proxy.parse_arguments(list(arguments))
+    return (caught.value.code, *capsys.readouterr())
+
+
+def test_version_names_the_file(capsys):
+    out = complaint(capsys, "--version")[1]
     assert re.fullmatch(r"claude_max_proxy \d+\.\d+\.\d+ \([0-9a-f]{12}\)\n", out)
 
 
@@ -2126,10 +2130,12 @@ def test_version_names_the_file():
         ([], {"CLAUDE_MAX_PROXY_PORT": "many"}, "--port"),
     ],
 )
-def test_bad_options_are_one_line_and_exit_2(arguments, env, message):
-    out = command(*arguments, **env)
-    assert out.returncode == 2 and message in out.stderr
-    assert len(out.stderr.splitlines()) == 1
+def test_bad_options_are_one_line_and_exit_2(arguments, env, message, capsys, monkeypatch):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    code, out, error = complaint(capsys, *arguments)
+    assert code == 2 and message in error and not out
+    assert len(error.splitlines()) == 1
 
 
 def test_options_from_the_environment(monkeypatch):
@@ -2163,20 +2169,35 @@ def test_a_signal_stops_an_idle_server():
         assert process.wait(3) == 0
 
 
-def test_a_signal_stops_the_server_and_its_children():
-    with running() as (process, port):
-        class Here:
-            def connect(self):
-                return socket.create_connection(("127.0.0.1", port), timeout=30)
+def child_of(connection):
+    """The pid that a mock:child answer tells."""
+    seen = b""
+    while not re.search(rb'content": "(\d+)"', seen):
+        seen += connection.recv(65536)
+    return int(re.search(rb'content": "(\d+)"', seen)[1])
 
-        with send_request(Here(), "mock:child mock:gap_ms=60000", True) as connection:
-            seen = b""
-            while not re.search(rb'content": "(\d+)"', seen):
-                seen += connection.recv(65536)
-            child = int(re.search(rb'content": "(\d+)"', seen)[1])
+
+def test_stopping_ends_an_answer_in_flight(make, monkeypatch):
+    monkeypatch.setattr(proxy, "DRAIN_SECONDS", 0.2)
+    one = make(spares=2)
+    one.chat("leave a spare")
+    with send_request(one, "mock:child mock:gap_ms=60000", True) as connection:
+        child = child_of(connection)
+        one.close()
+        one.close = lambda: None
+        assert gone(child) and one.quiet() and not one.server.keeper.spares
+
+
+def test_a_second_signal_ends_the_server_at_once():
+    with running() as (process, port):
+        here = type("Here", (), {"connect": lambda self: socket.create_connection(("127.0.0.1", port), 30)})
+        with send_request(here(), "mock:child mock:gap_ms=60000", True) as connection:
+            child = child_of(connection)
             process.send_signal(signal.SIGTERM)
-            assert process.wait(8) == 0
-            assert gone(child)
+            until(lambda: socket.socket().connect_ex(("127.0.0.1", port)))
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(2) == 1
+            until(lambda: gone(child))
 
 
 def test_the_log_has_a_line_for_each_request_and_no_prompt():
@@ -2219,8 +2240,8 @@ def test_readme_lists_every_option_and_parameter():
     assert len(readme.splitlines()) <= 250
 
 
-def test_help_lists_every_option_with_its_default():
-    out = command("--help").stdout
+def test_help_lists_every_option_with_its_default(capsys):
+    out = complaint(capsys, "--help")[1]
     for row in dataclasses.fields(proxy.Settings):
         assert "--" + row.name.replace("_", "-") in out
         assert not row.default or f"(default: {row.default})" in " ".join(out.split())
