@@ -1244,12 +1244,12 @@ class Claude:
             return False
         self.stop(signal.SIGKILL)  # what it may have left in its group
         self.close()
-        if self.process.returncode == -signal.SIGKILL:
-            self.sweep()
+        self.sweep()
         return True
 
     def sweep(self) -> None:
-        """Remove the session files that a killed CLI leaves behind (2.1.330)."""
+        """Remove the session files that it leaves behind if it was killed, or ended
+        before it was ready to (2.1.330)."""
         home = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
         for path in glob.glob(f"{glob.escape(home)}/sessions/{self.process.pid}.*"):
             with contextlib.suppress(OSError):

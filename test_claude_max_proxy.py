@@ -2036,6 +2036,145 @@ def test_many_at_once_are_not_mixed_up(make):
     assert replies == {i: f"You said: text{i} " for i in range(16)}
 
 
+# ── Who may ask, and how ───────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "headers, status",
+    [
+        ({"Host": "localhost:3456"}, 200),
+        ({"Host": "[::1]:3456"}, 200),
+        ({"Host": "127.0.0.2"}, 200),
+        ({"Host": "evil.example"}, 403),
+        ({"Host": "localhost.evil.example"}, 403),
+        ({"Origin": "http://localhost:8080"}, 200),
+        ({"Origin": "https://127.0.0.1"}, 200),
+        ({"Origin": "app://obsidian.md"}, 200),
+        ({"Origin": "http://tauri.localhost"}, 200),
+        ({"Origin": "https://evil.example"}, 403),
+        ({"Origin": "http://localhost.evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Sec-Fetch-Site": "cross-site", "Origin": "app://x"}, 200),
+    ],
+)
+def test_guards(server, headers, status):
+    reply = server.request("GET", "/v1/models", headers=headers)
+    assert reply.status == status
+    allowed = reply.headers.get("Access-Control-Allow-Origin")
+    assert allowed == (headers.get("Origin") if status == 200 else None)
+
+
+def test_a_request_has_one_host(server):
+    assert b" 400 " in server.raw(b"GET /health HTTP/1.1\r\n\r\n")[:20]
+    assert b" 400 " in server.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n")[:20]
+
+
+def test_allowed_origins(make):
+    one = make(allow_origin="https://a.example, https://b.example")
+    for origin, status in (("https://b.example", 200), ("https://c.example", 403)):
+        assert one.request("GET", "/health", headers={"Origin": origin}).status == status
+
+
+def test_preflight(make):
+    headers = {"Origin": "http://localhost:1", "Access-Control-Request-Headers": "authorization,x-stainless-os"}
+    one = make(api_key="KEY")
+    reply = one.request("OPTIONS", "/v1/chat/completions", headers=headers)
+    assert reply.status == 204 and reply.headers["Access-Control-Allow-Origin"] == "http://localhost:1"
+    assert reply.headers["Access-Control-Allow-Headers"] == "authorization,x-stainless-os"
+    headers["Origin"] = "https://evil.example"
+    assert one.request("OPTIONS", "/v1/chat/completions", headers=headers).status == 403
+
+
+def test_api_key(make):
+    one = make(api_key="KEY")
+    for headers, status in (({}, 401), ({"Authorization": "Bearer WRONG"}, 401), ({"Authorization": "Bearer KEY"}, 200), ({"X-Api-Key": "KEY"}, 200)):
+        reply = one.request("GET", "/v1/models", headers=headers)
+        assert reply.status == status
+        assert status == 200 or reply.error["code"] == "invalid_api_key"
+
+
+def test_content_type_matters_in_browsers_alone(server):
+    body = json.dumps({"model": "sonnet", "messages": [user("x")]})
+    simple = {"Content-Type": "text/plain"}
+    assert server.request("POST", "/v1/chat/completions", body, simple).status == 200
+    simple["Origin"] = "http://localhost"
+    assert server.request("POST", "/v1/chat/completions", body, simple).status == 415
+
+
+POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+
+
+@pytest.mark.parametrize(
+    "request_, status",
+    [
+        (POST + b"Connection: close\r\n\r\n", 400),
+        (POST + b"Content-Length: x\r\n\r\n", 400),
+        (POST + b"Content-Length: -1\r\n\r\n", 400),
+        (POST + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}", 400),
+        (POST + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+        (POST + b"Transfer-Encoding: gzip\r\n\r\n", 400),
+        (POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
+        (POST + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}xx\r\n", 400),
+        (POST + b"Content-Length: 99999999999\r\n\r\n", 413),
+        (POST + b"Transfer-Encoding: chunked\r\n\r\nffffffff\r\n", 413),
+        (b"GET /" + b"x" * 70000 + b" HTTP/1.1\r\n\r\n", 414),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 200 + b"\r\n", 431),
+        (b"GET / HTTP/3.0\r\n\r\n", 505),
+        (b"nonsense\r\n\r\n", 400),
+    ],
+)
+def test_malformed_requests(server, request_, status):
+    with server.connect() as connection:
+        connection.sendall(request_)
+        reply = b"".join(iter(lambda: connection.recv(65536), b""))
+    head, _, body = reply.partition(b"\r\n\r\n")
+    assert int(head.split()[1]) == status
+    assert json.loads(body)["error"]["message"]
+
+
+def test_chunked_bodies_and_pipelining(server):
+    body = json.dumps({"model": "sonnet", "messages": [user("x")]}).encode()
+    pieces_ = b"".join(b"%x;ext=1\r\n%b\r\n" % (len(body[i : i + 9]), body[i : i + 9]) for i in range(0, len(body), 9))
+    request = POST + b"Transfer-Encoding: chunked\r\n\r\n" + pieces_ + b"0\r\nTrailer: x\r\n\r\n"
+    last = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    with server.connect() as connection:
+        connection.sendall(request + last)
+        reply = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert reply.count(b"HTTP/1.1 200 OK") == 2 and b"You said: x" in reply
+
+
+def test_expect_100_continue(server):
+    body = json.dumps({"model": "sonnet", "messages": [user("x")]}).encode()
+    head = POST + b"Content-Length: %d\r\nExpect: 100-continue\r\n\r\n" % len(body)
+    with server.connect() as connection:
+        connection.sendall(head)
+        assert connection.recv(100).startswith(b"HTTP/1.1 100 ")
+        connection.sendall(body)
+        assert b" 200 " in connection.recv(100)
+    refused_ = head.replace(b"localhost", b"evil.example")
+    with server.connect() as connection:
+        connection.sendall(refused_)
+        assert connection.recv(100).startswith(b"HTTP/1.1 403 ")
+
+
+def test_slow_senders_are_dropped(make, monkeypatch):
+    monkeypatch.setattr(proxy, "REQUEST_SECONDS", 0.3)
+    one = make()
+    with one.connect() as slow:
+        slow.sendall(POST + b"Content-Length: 100\r\n\r\n{")
+        assert one.request("GET", "/health").status == 200
+        assert slow.recv(100) == b""
+
+
+def test_many_idle_connections_do_not_stop_others(server):
+    with contextlib.ExitStack() as stack:
+        for _ in range(300):
+            stack.enter_context(server.connect())
+        assert server.request("GET", "/v1/models").status == 200
+
+
 # ── The CLI found or not ───────────────────────────────────────────────────────────
 
 
