@@ -36,7 +36,7 @@ CLI, and so does the server when it ends.
 
 Sections: Limits · Errors · Settings · Request · CLI · Response · HTTP · Main
 
-MIT licence. https://github.com/claude-max-proxy/claude_max_proxy
+MIT licence.
 """
 from __future__ import annotations
 
@@ -597,7 +597,7 @@ def object_schema(schema: Json, where: str) -> Json:
 
 
 COMBINATORS = ("anyOf", "oneOf", "allOf")
-JSON_TYPES = {"object", "array", "string", "number", "integer", "boolean", "null"}
+JSON_TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 
 
 def modern(schema: Any, where: str) -> Json:
@@ -607,7 +607,7 @@ def modern(schema: Any, where: str) -> Json:
         return {} if schema else {"not": {}}
     schema = {k: v for k, v in check(schema, (dict,), where).items() if v is not None}
     kind = schema.get("type", [])
-    if not JSON_TYPES.issuperset(kind if isinstance(kind, list) else [kind]):
+    if any(k not in JSON_TYPES for k in (kind if isinstance(kind, list) else [kind])):
         del schema["type"]  # "any", "file": no JSON type
     if type(schema.get("required")) is bool:  # draft 3
         del schema["required"]
@@ -2277,7 +2277,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_json(200, model_object(self.model_id))
 
     def post_chat(self) -> None:
-        ask = parse_request(self.read_json(), self.server.thoughts)
+        try:
+            ask = parse_request(self.read_json(), self.server.thoughts)
+        except RecursionError:
+            raise bad("", "The JSON is nested too deeply.") from None
         self.notes["model"] = ask.requested[:60]
         chunks = self.noted(self.server.chunks(ask, self.connection))
         with contextlib.closing(chunks):
@@ -2326,8 +2329,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.body_unread = False
         try:
             return parse_json(raw)
-        except RecursionError:
-            raise bad("", "The JSON is nested too deeply.") from None
         except ValueError:
             raise bad("", "The request body is not valid JSON in UTF-8.") from None
 

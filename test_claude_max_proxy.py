@@ -1647,6 +1647,17 @@ def test_schemas_of_older_drafts(old, new):
     assert proxy.object_schema({"properties": {"p": old}}, "x")["properties"]["p"] == new
 
 
+def test_a_deep_schema_is_a_bad_request(server):
+    schema = {}
+    for _ in range(400):
+        schema = {"properties": {"a": schema, "type": {}}}
+    body = {"model": "opus", "messages": [user("x")], "tools": [tool(parameters=schema)]}
+    assert server.post(body).status in (200, 400)
+    assert refused(tools=[tool(parameters={"type": [{}]})])["status"] == 400
+    odd = ask_of(tools=[tool(parameters={"properties": {"a": {"type": [{}]}}})])
+    assert odd.setup.tools[0]["inputSchema"]["properties"] == {"a": {}}
+
+
 def test_no_messages():
     assert refused([])["param"] == "messages"
 
