@@ -772,8 +772,8 @@ class Transcript:
 
     def expect_no_open_call(self) -> None:
         for name, where in self.open.items():
-            message = f"The tool call '{name[:100]}' has no response: 'tool_calls' must "
-            raise bad(where, message + "be followed by a tool message for each.")
+            message = f"The tool call '{name[:100]}' has no response: 'tool_calls' "
+            raise bad(where, message + "must be followed by a tool message for each.")
 
     def finish(self) -> None:
         self.expect_no_open_call()
@@ -1130,14 +1130,16 @@ class Claude:
         """Whether it is alive, and of the CLI that is installed now."""
         return self.program == program and self.process.poll() is None
 
-    def fits(self, ask: Ask) -> int:
-        """0 if it has been told what `ask` does not begin with, else more for more."""
-        told = len(self.turns)
+    def fits(self, ask: Ask) -> bool:
+        """Whether all that it has been told is the beginning of `ask`."""
         if self.spawn != ask.spawn or self.setup not in (None, ask.setup):
-            return 0
-        if told >= len(ask.turns) or self.turns != ask.turns[:told]:
-            return 0
-        return 1 + bool(self.setup) + told
+            return False
+        count = len(self.turns)
+        return count < len(ask.turns) and self.turns == ask.turns[:count]
+
+    def told(self) -> Tuple[int, bool]:
+        """How much that is, to compare."""
+        return len(self.turns), self.setup is not None
 
     def tell(self, setup: Setup, turns: List[Json], query: bool) -> None:
         """Queue what it has not been told; with `query` the last turn asks."""
@@ -1429,11 +1431,10 @@ class Keeper:
     def take(self, ask: Ask, program: Program) -> Optional[Claude]:
         """The spare that fits best, if any: nobody else's from here on."""
         with self.lock:
-            usable = [c for c in self.spares if c.is_usable(program)]
-            best = max(usable, key=lambda c: c.fits(ask), default=None)
-            if not best or not best.fits(ask):
+            usable = [c for c in self.spares if c.is_usable(program) and c.fits(ask)]
+            if not usable:
                 return None
-            return self.release(best)
+            return self.release(max(usable, key=Claude.told))
 
     def spawn(self, program: Program, spawn: Spawn) -> Claude:
         try:
@@ -2012,9 +2013,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.waker.close()
 
     def chunks(self, ask: Ask, client: socket.socket) -> Iterator[Optional[Json]]:
-        """The answer to `ask`, chunk by chunk; None when there is no more for now. After
-        some silence comes a chunk that changes nothing. (A comment would not reset the
-        watchdogs of some clients.)"""
+        """The answer to `ask`, chunk by chunk; None when there is no more for now.
+        After some silence comes a chunk that changes nothing. (A comment would not
+        reset the watchdogs of some clients.)"""
         name, now = "chatcmpl-" + secrets.token_hex(12), int(time.time())
         reply = Reply(name, now, ask.requested, ask.include_usage or not ask.stream)
         alive = time.monotonic() + ALIVE_SECONDS
