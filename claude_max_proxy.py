@@ -1279,7 +1279,7 @@ def matters(line: bytes) -> bool:
 
 def parse_line(line: bytes) -> Json:
     try:
-        return json.loads(line)
+        return json.loads(line.decode())  # json would guess at the encoding of bytes
     except (ValueError, RecursionError):
         raise bad_gateway("The Claude CLI printed what is no JSON.") from None
 
@@ -1542,8 +1542,9 @@ class Keeper:
 
 
 # ── Response ───────────────────────────────────────────────────────────────────────
-# CLI lines -> OpenAI chunks. Pure: ids and times are passed in. A kind of line or event
-# is skipped until it has a row in Answer.LINES or Answer.EVENTS.
+# CLI lines -> (Answer) deltas -> (Reply) chunks or a completion. Pure: ids and times are
+# passed in. A kind of line or event is skipped until it has a row in Answer.LINES or
+# Answer.EVENTS.
 
 FINISH_REASONS = {  # the Messages API's stop_reason -> OpenAI's finish_reason
     "end_turn": "stop",
@@ -1804,43 +1805,26 @@ def openai_usage(usages: List[Json]) -> Json:
     }
 
 
-@dataclass
-class Reply:
-    """What the chunks of one response have in common."""
+class Delta(NamedTuple):
+    """What one chunk tells of one choice."""
 
-    id: str
-    created: int
-    model: str
-    with_usage: bool
-    begun: Set[int] = field(default_factory=set)  # choices whose role was told
-
-    def chunk(self, choices: List[Json], usage: Optional[Json] = None) -> Json:
-        chunk = {"id": self.id, "object": "chat.completion.chunk"}
-        chunk.update(created=self.created, model=self.model, choices=choices)
-        if self.with_usage:
-            chunk["usage"] = usage
-        return chunk
-
-    def delta(self, index: int, delta: Json, reason: Optional[str] = None) -> Json:
-        """The first one of each choice tells the role."""
-        if index not in self.begun:
-            self.begun.add(index)
-            delta = {"role": "assistant", "content": "", **delta}
-        return self.chunk([{"index": index, "delta": delta, "finish_reason": reason}])
+    index: int
+    delta: Json
+    finish_reason: Optional[str] = None
 
 
-class Folded:
+class Choice:
     """One choice's deltas, put together again."""
 
     def __init__(self) -> None:
         self.finish_reason: Optional[str] = None
-        self.texts: Dict[str, List[str]] = {}
+        self.texts: Dict[str, List[str]] = {"content": [], "reasoning_content": []}
         self.calls: Dict[int, Json] = {}
 
     def add(self, delta: Json) -> None:
-        for channel in ("content", "reasoning_content"):
-            if delta.get(channel):
-                self.texts.setdefault(channel, []).append(delta[channel])
+        for channel, told in delta.items():
+            if channel in self.texts:
+                self.texts[channel].append(told)
         for part in delta.get("tool_calls", ()):
             call = self.calls.setdefault(part["index"], {"arguments": []})
             call["arguments"].append(part["function"]["arguments"])
@@ -1848,9 +1832,11 @@ class Folded:
                 call.update(id=part["id"], name=part["function"]["name"])
 
     def message(self) -> Json:
-        texts = {channel: "".join(parts) for channel, parts in self.texts.items()}
+        content, reasoning = map("".join, self.texts.values())
         empty = None if self.calls else ""
-        message = {"role": "assistant", "content": empty, "refusal": None, **texts}
+        message = {"role": "assistant", "content": content or empty, "refusal": None}
+        if reasoning:
+            message["reasoning_content"] = reasoning
         calls = []
         for _, call in sorted(self.calls.items()):
             function = {"name": call["name"], "arguments": "".join(call["arguments"])}
@@ -1858,21 +1844,66 @@ class Folded:
         return {**message, "tool_calls": calls} if calls else message
 
 
-def fold(chunks: Iterable[Json]) -> Json:
-    """Chunks -> the completion that they would have been without `stream`."""
-    chunk: Json = {}
-    folded: Dict[int, Folded] = {}
-    for chunk in chunks:
-        for part in chunk["choices"]:
-            choice = folded.setdefault(part["index"], Folded())
-            choice.add(part["delta"])
-            choice.finish_reason = part["finish_reason"] or choice.finish_reason
-    choices = [
-        {"index": i, "message": choice.message(), "logprobs": None,
-         "finish_reason": choice.finish_reason}
-        for i, choice in sorted(folded.items())
-    ]  # fmt: skip
-    return {**chunk, "object": "chat.completion", "choices": choices}
+class Reply:
+    """One response: its deltas as chunks, and folded into the completion that they
+    would have been without `stream`."""
+
+    def __init__(self, ask: Ask, id: str, created: int):
+        self.ask, self.id, self.created = ask, id, created
+        self.model = ask.requested  # until the API tells its own name for it
+        self.choices: Dict[int, Choice] = {}
+        self.usage: Optional[Json] = None
+        self.first: Optional[float] = None  # seconds until its first delta
+        self.around: Dict[Any, List[str]] = {}  # what chunks of one kind share
+
+    def add(self, index: int, delta: Json, reason: Optional[str] = None) -> Delta:
+        """The first one of each choice tells the role."""
+        choice = self.choices.get(index)
+        if choice is None:
+            choice = self.choices[index] = Choice()
+            delta = {"role": "assistant", "content": "", **delta}
+        choice.add(delta)
+        choice.finish_reason = reason or choice.finish_reason
+        return Delta(index, delta, reason)
+
+    def chunk(self, choices: List[Json], usage: Optional[Json] = None) -> str:
+        chunk = {"id": self.id, "object": "chat.completion.chunk"}
+        chunk.update(created=self.created, model=self.model, choices=choices)
+        if self.ask.include_usage:
+            chunk["usage"] = usage
+        return json.dumps(chunk)
+
+    def encode(self, delta: Delta) -> str:
+        """The chunk of a delta. What stands around a text is encoded only once."""
+        index, told, reason = delta
+        channel = next(iter(told), "tool_calls")
+        if reason or len(told) > 1 or channel == "tool_calls":
+            return self.chunk([delta._asdict()])
+        kind = index, channel, self.model
+        if kind not in self.around:
+            chunk = self.chunk([Delta(index, {channel: "\0"})._asdict()])
+            self.around[kind] = chunk.split(json.dumps("\0"))
+        return json.dumps(told[channel]).join(self.around[kind])
+
+    def notes(self) -> Json:
+        """What the log says of it."""
+        notes: Json = {"model": self.model[:60]}
+        if self.first is not None:
+            notes["first"] = f"{self.first:.3f}"
+        if self.usage:
+            cached = self.usage["prompt_tokens_details"]["cached_tokens"]
+            notes.update({"in": self.usage["prompt_tokens"], "cached": cached})
+            notes["out"] = self.usage["completion_tokens"]
+        return notes
+
+    def completion(self) -> Json:
+        choices = [
+            {"index": i, "message": choice.message(), "logprobs": None,
+             "finish_reason": choice.finish_reason}
+            for i, choice in sorted(self.choices.items())
+        ]  # fmt: skip
+        head = {"id": self.id, "object": "chat.completion", "created": self.created}
+        return {**head, "model": self.model, "choices": choices, "usage": self.usage}
 
 
 # ── HTTP ───────────────────────────────────────────────────────────────────────────
@@ -2012,32 +2043,33 @@ class Server(http.server.ThreadingHTTPServer):
         self.woken.close()
         self.waker.close()
 
-    def chunks(self, ask: Ask, client: socket.socket) -> Iterator[Optional[Json]]:
-        """The answer to `ask`, chunk by chunk; None when there is no more for now.
-        After some silence comes a chunk that changes nothing. (A comment would not
-        reset the watchdogs of some clients.)"""
-        name, now = "chatcmpl-" + secrets.token_hex(12), int(time.time())
-        reply = Reply(name, now, ask.requested, ask.include_usage or not ask.stream)
-        alive = time.monotonic() + ALIVE_SECONDS
-        with contextlib.closing(self.answer(ask, reply, client)) as chunks:
-            for chunk in chunks:
-                if chunk is not None:
+    def answer(
+        self, reply: Reply, client: socket.socket
+    ) -> Iterator[Optional[Delta]]:
+        """The deltas of one response; None when there is no more for now. After some
+        silence comes one that changes nothing. (A comment would not reset the watchdogs
+        of some clients.)"""
+        begun = time.monotonic()
+        alive = begun + ALIVE_SECONDS
+        with contextlib.closing(self.run(reply, client)) as deltas:
+            for delta in deltas:
+                if delta is not None:
                     alive = time.monotonic() + ALIVE_SECONDS
+                    reply.first = reply.first or alive - ALIVE_SECONDS - begun
                 elif time.monotonic() > alive:
                     alive += ALIVE_SECONDS
-                    yield reply.delta(0, {"content": ""})
-                yield chunk
+                    yield reply.add(0, {"content": ""})
+                yield delta
 
-    def answer(
-        self, ask: Ask, reply: Reply, client: socket.socket
-    ) -> Iterator[Optional[Json]]:
-        """Chunks; None when there is no more for now."""
+    def run(self, reply: Reply, client: socket.socket) -> Iterator[Optional[Delta]]:
+        """A process for each choice, from its place in the queue to its end."""
+        ask = reply.ask
         yield from self.gate.enter(ask.n, client)
         claudes: List[Claude] = []
         try:
             for _ in range(ask.n):
                 claudes.append(self.keeper.start(ask))
-            yield from self.converse(ask, reply, claudes, client)
+            yield from self.converse(reply, claudes, client)
         except APIError as error:
             if error.status == 401:
                 self.keeper.login = False  # for /health, until an answer comes
@@ -2049,9 +2081,9 @@ class Server(http.server.ThreadingHTTPServer):
             self.wake()
 
     def converse(
-        self, ask: Ask, reply: Reply, claudes: List[Claude], client: socket.socket
-    ) -> Iterator[Optional[Json]]:
-        folded, now = Folded(), time.time()
+        self, reply: Reply, claudes: List[Claude], client: socket.socket
+    ) -> Iterator[Optional[Delta]]:
+        ask, now = reply.ask, time.time()
         answers = {claude: Answer(ask, i, now) for i, claude in enumerate(claudes)}
         heard = listen(claudes, client, self.settings.timeout)
         with contextlib.closing(heard):
@@ -2069,16 +2101,13 @@ class Server(http.server.ThreadingHTTPServer):
                     claude.stop(signal.SIGTERM if answer.calm else signal.SIGKILL)
                 reply.model = answer.model or reply.model
                 for delta in deltas:
-                    folded.add(delta)
-                    yield reply.delta(answer.index, delta)
+                    yield reply.add(answer.index, delta)
                 if answer.finish_reason:
-                    yield reply.delta(answer.index, {}, answer.finish_reason)
+                    yield reply.add(answer.index, {}, answer.finish_reason)
                 elif line["type"] == "rate_limit_event":
                     self.rate_limit = line["rate_limit_info"]
-        if reply.with_usage:
-            usages = [answer.usage for answer in answers.values()]
-            yield reply.chunk([], openai_usage(usages))
-        self.learn(ask, list(answers.values()), folded.message())
+        reply.usage = openai_usage([answer.usage for answer in answers.values()])
+        self.learn(ask, list(answers.values()), reply.choices[0].message())
 
     def died(self, claude: Claude) -> APIError:
         """The error for a process whose output ended before its answer did."""
@@ -2169,10 +2198,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         self.reader.deadline = None
-        self.notes: Json = {}  # for the log
+        self.reply: Optional[Reply] = None
         self.status = 0
         self.body_unread = self.streaming = self.chunked = False
-        self.pending: List[bytes] = []  # events to be sent
+        self.pending: List[str] = []  # events to be sent
         try:
             super().handle_one_request()
         except OSError:  # gone, or too slow: there is nobody to tell
@@ -2282,13 +2311,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             ask = parse_request(self.read_json(), self.server.thoughts)
         except RecursionError:
             raise bad("", "The JSON is nested too deeply.") from None
-        self.notes["model"] = ask.requested[:60]
-        chunks = self.noted(self.server.chunks(ask, self.connection))
-        with contextlib.closing(chunks):
+        name, now = "chatcmpl-" + secrets.token_hex(12), int(time.time())
+        self.reply = Reply(ask, name, now)
+        deltas = self.server.answer(self.reply, self.connection)
+        with contextlib.closing(deltas):
             if ask.stream:
-                self.stream(chunks)
+                self.stream(deltas)
             else:
-                self.send_json(200, fold(chunk for chunk in chunks if chunk))
+                collections.deque(deltas, maxlen=0)
+                self.send_json(200, self.reply.completion())
 
     ROUTES = {
         "/health": {"GET": get_health, "OPTIONS": preflight},
@@ -2296,21 +2327,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         "/models/": {"GET": get_model, "OPTIONS": preflight},
         "/chat/completions": {"POST": post_chat, "OPTIONS": preflight},
     }
-
-    def noted(self, chunks: Iterator[Optional[Json]]) -> Iterator[Optional[Json]]:
-        """The chunks as they are; what the log will say of them is noted in passing."""
-        begun = time.monotonic()
-        with contextlib.closing(chunks):
-            for chunk in chunks:
-                if chunk and "first" not in self.notes:
-                    first = f"{time.monotonic() - begun:.3f}"
-                    self.notes.update(model=chunk["model"], first=first)
-                usage = chunk and chunk.get("usage")
-                if usage:
-                    cached = usage["prompt_tokens_details"]["cached_tokens"]
-                    self.notes.update({"in": usage["prompt_tokens"], "cached": cached})
-                    self.notes["out"] = usage["completion_tokens"]
-                yield chunk
 
     # Reading.
 
@@ -2409,16 +2425,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace")
 
     def send(self, data: bytes) -> None:
-        self.connection.settimeout(WRITE_SECONDS)
-        self.connection.sendall(data)
+        """Without the wait that a socket with a timeout makes before each write."""
+        if self.connection.gettimeout() != 0:
+            self.connection.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            data = data[self.connection.send(data) :]
+        if data:
+            self.connection.settimeout(WRITE_SECONDS)
+            self.connection.sendall(data)
 
-    def stream(self, chunks: Iterator[Optional[Json]]) -> None:
+    def stream(self, deltas: Iterator[Optional[Delta]]) -> None:
         """Server-sent events; those that came together leave together. The status line
         waits for the first one, so that a failure before it has a status of its own."""
+        reply = self.reply
         try:
-            for chunk in chunks:
-                if chunk is not None:
-                    self.event(json.dumps(chunk))
+            for delta in deltas:
+                if delta is not None:
+                    self.event(reply.encode(delta))
                 elif self.pending:
                     self.flush()
         except APIError as error:
@@ -2427,13 +2450,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.status = error.status
             self.event(json.dumps(error.body))
         else:
+            if reply.ask.include_usage:
+                self.event(reply.chunk([], reply.usage))
             self.event("[DONE]")
         self.flush(b"0\r\n\r\n" if self.chunked else b"")
 
     def event(self, text: str) -> None:
         if not self.streaming:
             self.start_stream()
-        self.pending.append(f"data: {text}\n\n".encode())
+        self.pending.append(f"data: {text}\n\n")
 
     def start_stream(self) -> None:
         self.streaming = True
@@ -2444,11 +2469,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send(self.head(200, headers))
 
     def flush(self, end: bytes = b"") -> None:
-        data = b"".join(self.pending)
+        data = "".join(self.pending).encode()
         self.pending.clear()
         if self.chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data) + end
-        self.connection.sendall(data)
+        self.send(data)
 
     def fail(self, error: APIError) -> None:
         """The one renderer of errors."""
@@ -2465,7 +2490,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_answer(self, seconds: float) -> None:
         """Time, status, method, path; then what is known, as name=value."""
         path = re.sub(r"[^!-~]", "?", getattr(self, "path", "?").split("?")[0])[:80]
-        notes = "".join(f" {name}={value}" for name, value in self.notes.items())
+        told = self.reply.notes() if self.reply else {}
+        notes = "".join(f" {name}={value}" for name, value in told.items())
         log(f"{self.status} {self.command or '?'} {path}{notes} total={seconds:.3f}")
 
     def log_message(self, format: str, *args: Any) -> None:

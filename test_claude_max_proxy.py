@@ -743,10 +743,21 @@ class Result:
         return (self.json or self.chunks[-1])["error"]
 
     @property
+    def whole(self):
+        """The completion; of a stream, what its chunks fold into."""
+        if self.json:
+            return self.json
+        reply = proxy.Reply(proxy.Ask("", None, None, []), "", 0)
+        for chunk in self.chunks:
+            reply.usage = chunk.get("usage")
+            for choice in chunk["choices"]:
+                reply.add(choice["index"], choice["delta"], choice["finish_reason"])
+        return reply.completion()
+
+    @property
     def message(self):
         """The first choice's message; of a stream, as the server would fold it."""
-        whole = self.json or proxy.fold(self.chunks)
-        return whole["choices"][0]["message"]
+        return self.whole["choices"][0]["message"]
 
     @property
     def content(self):
@@ -754,8 +765,7 @@ class Result:
 
     @property
     def finish(self):
-        whole = self.json or proxy.fold(self.chunks)
-        return whole["choices"][0]["finish_reason"]
+        return self.whole["choices"][0]["finish_reason"]
 
 
 def stand_in_path():
@@ -1863,7 +1873,7 @@ def test_stop_refused():
 def test_n(server, stream):
     options = {"stream_options": {"include_usage": True}} if stream else {}
     reply = server.chat("mock:tokens=2", n=3, stream=stream, **options)
-    whole = reply.json or proxy.fold(reply.chunks)
+    whole = reply.whole
     assert [c["index"] for c in whole["choices"]] == [0, 1, 2]
     assert {c["message"]["content"] for c in whole["choices"]} == {"tok0 tok1 "}
     assert whole["usage"]["completion_tokens"] == 6
