@@ -47,16 +47,12 @@ import collections
 import contextlib
 import errno
 import glob
-import hashlib
-import hmac
-import http.server
 import io
 import ipaddress
 import json
 import math
 import os
 import re
-import secrets
 import selectors
 import shutil
 import signal
@@ -67,8 +63,15 @@ import tempfile
 import threading
 import time
 import urllib.parse
-from dataclasses import dataclass, field, fields
 from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple
+
+# Plain HTTP needs no OpenSSL (5 of 30 MB): http.client does without the ssl module, and
+# hashlib and hmac, which would load it too, are imported where they are needed.
+SSL = sys.modules.setdefault("ssl", None)  # type: ignore
+import http.server  # noqa: E402
+
+if SSL is None:
+    del sys.modules["ssl"]  # for others to import
 
 __version__ = "1.0.0"
 
@@ -192,10 +195,6 @@ def unavailable(message: str, code: str) -> APIError:
 # help follow from it.
 
 
-def option(default: Any, text: str, kind: Any = str) -> Any:
-    return field(default=default, metadata={"help": text, "kind": kind})
-
-
 def number(kind: type, least: float, most: float = math.inf) -> Any:
     """An argparse type: a number from `least` to `most`."""
 
@@ -209,19 +208,26 @@ def number(kind: type, least: float, most: float = math.inf) -> Any:
     return parse
 
 
-@dataclass(frozen=True)
-class Settings:
-    host: str = option("127.0.0.1", "address to listen on; beyond loopback needs a key")
-    port: int = option(3456, "port to listen on", number(int, 0, 65535))
-    api_key: str = option("", "demand this key from clients (as `Bearer KEY`)")
-    allow_origin: str = option("", "web origins that may ask, comma-separated")
-    claude: str = option("", "path of the Claude Code CLI, where it is not found")
-    max_concurrency: int = option(8, "CLI processes at once", number(int, 1, 1000))
-    spares: int = option(2, "processes started ahead, 155 MB each", number(int, 0, 100))
-    timeout: float = option(600.0, "seconds of silence before 504", number(float, 0.01))
-    verbose: bool = option(False, "also log what a failed CLI wrote to stderr", bool)
+class Option(NamedTuple):
+    default: Any
+    help: str
+    kind: Any = str
 
 
+OPTIONS = {
+    "host": Option("127.0.0.1", "address to listen on; beyond loopback needs a key"),
+    "port": Option(3456, "port to listen on", number(int, 0, 65535)),
+    "api_key": Option("", "demand this key from clients (as `Bearer KEY`)"),
+    "allow_origin": Option("", "web origins that may ask, comma-separated"),
+    "claude": Option("", "path of the Claude Code CLI, where it is not found"),
+    "max_concurrency": Option(8, "CLI processes at once", number(int, 1, 1000)),
+    "spares": Option(2, "processes started ahead, 155 MB each", number(int, 0, 100)),
+    "timeout": Option(600.0, "seconds of silence before 504", number(float, 0.01)),
+    "verbose": Option(False, "also log what a failed CLI wrote to stderr", bool),
+}
+Settings = collections.namedtuple(
+    "Settings", OPTIONS, defaults=[row.default for row in OPTIONS.values()]
+)
 ENVIRONMENT = "CLAUDE_MAX_PROXY_"
 
 
@@ -233,6 +239,8 @@ class Parser(argparse.ArgumentParser):
 
 def own_version() -> str:
     """The version, and this file's hash: a copied file still says which one it is."""
+    import hashlib
+
     with open(__file__, "rb") as source:
         digest = hashlib.sha256(source.read()).hexdigest()
     return f"claude_max_proxy {__version__} ({digest[:12]})"
@@ -246,21 +254,23 @@ def parse_arguments(argv: List[str]) -> Tuple[Settings, bool]:
         epilog=f"Each option can also be set as {ENVIRONMENT}NAME, such as "
         f"{ENVIRONMENT}API_KEY: better than the flag, which `ps` shows to everyone.",
     )
-    parser.add_argument("--version", action="version", version=own_version())
+    parser.add_argument("--version", action="store_true", help="say which, and exit")
     parser.add_argument("--check", action="store_true", help="say what works, and exit")
-    for row in fields(Settings):
-        flag, text = "--" + row.name.replace("_", "-"), row.metadata["help"]
-        given = os.environ.get(ENVIRONMENT + row.name.upper())
-        if row.metadata["kind"] is bool:
+    for name, (default, text, kind) in OPTIONS.items():
+        flag, caps = "--" + name.replace("_", "-"), name.upper()
+        given = os.environ.get(ENVIRONMENT + caps)
+        if kind is bool:
             on = given not in (None, "", "0", "false")
             parser.add_argument(flag, action="store_true", default=on, help=text)
             continue
-        default = str(row.default) if given is None else given  # a string is converted
-        shown = f"{text} (default: {row.default})" if row.default else text
-        kind, name = row.metadata["kind"], row.name.upper()
-        parser.add_argument(flag, type=kind, default=default, metavar=name, help=shown)
+        text += f" (default: {default})" if default else ""
+        given = str(default) if given is None else given  # a string is converted
+        parser.add_argument(flag, type=kind, default=given, metavar=caps, help=text)
     chosen = vars(parser.parse_args(argv))
     check_only = chosen.pop("check")
+    if chosen.pop("version"):
+        print(own_version())
+        parser.exit()
     settings = Settings(**chosen)
     if not is_loopback(settings.host) and not settings.api_key:
         parser.error(f"--host {settings.host} is open to others: give --api-key, too")
@@ -361,8 +371,7 @@ class Setup(NamedTuple):
     tools: Tuple[Json, ...] = ()  # as MCP lists them
 
 
-@dataclass(frozen=True)
-class Ask:
+class Ask(NamedTuple):
     """All that one request asks. `turns` are Messages API messages, the last one a
     user's; `names` gives the client's name for a tool's name at the API; `structured`:
     the arguments of STRUCTURED_OUTPUT are the answer's content."""
@@ -371,7 +380,7 @@ class Ask:
     spawn: Spawn
     setup: Setup
     turns: List[Json]
-    names: Dict[str, str] = field(default_factory=dict)
+    names: Dict[str, str] = {}
     structured: bool = False
     stream: bool = False
     include_usage: bool = False
@@ -536,8 +545,8 @@ def api_name(name: str) -> str:
     """A tool name or call id that the Messages API accepts; the same for the same."""
     if API_NAME.fullmatch(name) and name not in RESERVED:
         return name
-    digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:8]
-    return re.sub(r"[^a-zA-Z0-9_-]", "_", name)[:100] + "_" + digest
+    digest = binascii.crc32(name.encode("utf-8", "replace"))
+    return re.sub(r"[^a-zA-Z0-9_-]", "_", name)[:100] + f"_{digest:08x}"
 
 
 def parse_tools(tools: List[Any]) -> Tuple[List[Json], Dict[str, str]]:
@@ -2263,7 +2272,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if key and self.command != "OPTIONS":
             given = self.headers.get("Authorization", "").partition(" ")[2].strip()
             given = given or self.headers.get("X-Api-Key", "")
-            if not hmac.compare_digest(given.encode(), key.encode()):
+            if not is_same(given, key):
                 message, code = "Incorrect API key provided.", "invalid_api_key"
                 raise APIError(401, message, "authentication_error", code)
         if self.server.stopping:
@@ -2311,7 +2320,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             ask = parse_request(self.read_json(), self.server.thoughts)
         except RecursionError:
             raise bad("", "The JSON is nested too deeply.") from None
-        name, now = "chatcmpl-" + secrets.token_hex(12), int(time.time())
+        name, now = "chatcmpl-" + os.urandom(12).hex(), int(time.time())
         self.reply = Reply(ask, name, now)
         deltas = self.server.answer(self.reply, self.connection)
         with contextlib.closing(deltas):
@@ -2511,6 +2520,13 @@ def too_large() -> APIError:
     return APIError(413, message, code="request_too_large")
 
 
+def is_same(given: str, key: str) -> bool:
+    """In a time that does not tell how much of it is right."""
+    import hmac
+
+    return hmac.compare_digest(given.encode(), key.encode())
+
+
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -2591,7 +2607,7 @@ def announce(server: Server) -> None:
     """What was found, once, on stderr."""
     host = server.settings.host
     host = "localhost" if is_loopback(host) else host
-    log(f"{own_version()} serves http://{host}:{server.server_port}/v1")
+    log(f"claude_max_proxy {__version__} serves http://{host}:{server.server_port}/v1")
     try:
         program = server.keeper.program()
         log(f"Claude Code {program.version_text} at {program.path}")
