@@ -648,6 +648,8 @@ def parse_choice(body: Json, names: Dict[str, str]) -> Json:
     default."""
     choice = body.get("tool_choice", "auto")
     if isinstance(choice, dict):
+        if choice.get("type", "function") != "function":
+            raise bad("tool_choice.type", "'tool_choice.type' must be function.")
         function = want(choice, "function", (dict,), "tool_choice")
         name = want(function, "name", (str,), "tool_choice.function")
         if name not in names.values():
@@ -1196,7 +1198,10 @@ class Claude:
         lines = b"".join([*self.partial, head]).split(b"\n")
         self.partial = [tail]
         parsed = [parse_line(line) for line in lines if matters(line)]
-        return [line for line in parsed if not self.settle(line)]
+        try:
+            return [line for line in parsed if not self.settle(line)]
+        except STRANGE:
+            raise strange_line() from None
 
     def read_complaint(self) -> bool:
         """Drain stderr, keeping its end; False when there will be no more."""
@@ -1287,6 +1292,12 @@ def matters(line: bytes) -> bool:
 
 
 DECODER = json.JSONDecoder()
+# What code that reads a line meets where the line is not of the shape we know.
+STRANGE = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError)
+
+
+def strange_line() -> APIError:
+    return bad_gateway("The Claude CLI printed a strange line.")
 
 
 def parse_line(line: bytes) -> Json:
@@ -1588,7 +1599,7 @@ class Answer:
         self.stops, self.names = ask.stops, ask.names
         self.structured = ask.structured
         self.model = ""
-        self.usage: Json = {}
+        self.usage: Dict[str, int] = {}
         self.finish_reason: Optional[str] = None
         self.calm = False
         self.calls: List[Json] = []  # {id, name}
@@ -1608,8 +1619,8 @@ class Answer:
         try:
             handler = self.LINES.get(line["type"])
             return (handler(self, line) if handler else None) or []
-        except (KeyError, TypeError, AttributeError, IndexError):
-            raise bad_gateway("The Claude CLI printed a strange line.") from None
+        except STRANGE:
+            raise strange_line() from None
 
     def on_event(self, line: Json) -> Deltas:
         event = line["event"]
@@ -1619,8 +1630,9 @@ class Answer:
         return handler(self, event)
 
     def on_message_start(self, event: Json) -> Deltas:
-        first = not self.model
-        self.model, self.usage = event["message"]["model"], event["message"]["usage"]
+        first, message = not self.model, event["message"]
+        self.model = string(message["model"])
+        self.count(message["usage"])
         self.again = {key: "".join(parts) for key, parts in self.said.items() if parts}
         self.call_count, self.thinking = 0, []
         return [{"content": ""}] if first else None  # a sign of life
@@ -1645,9 +1657,10 @@ class Answer:
             if self.calls[index]["name"] != name:
                 raise told_differently()
             return None
-        self.calls.append({"id": block["id"], "name": name})
-        function = {"name": name, "arguments": ""}
-        call = {"id": block["id"], "type": "function", "function": function}
+        call_id = string(block["id"])
+        self.calls.append({"id": call_id, "name": name})
+        function = {"name": string(name), "arguments": ""}
+        call = {"id": call_id, "type": "function", "function": function}
         return [{"tool_calls": [{"index": index, **call}]}]
 
     def on_block_delta(self, event: Json) -> Deltas:
@@ -1673,11 +1686,16 @@ class Answer:
         return None
 
     def on_message_delta(self, event: Json) -> Deltas:
-        usage = event.get("usage") or {}
-        told = {key: value for key, value in usage.items() if value is not None}
-        self.usage = {**self.usage, **told}
+        self.count(event.get("usage") or {})
         reason = event["delta"].get("stop_reason")
         return self.finish(reason) if reason else None
+
+    def count(self, usage: Json) -> None:
+        """The newest numbers stand: a message's end counts on from its start."""
+        details = usage.get("output_tokens_details") or {}
+        for key, value in {**usage, **details}.items():
+            if type(value) is int:
+                self.usage[key] = value
 
     def on_assistant(self, line: Json) -> Deltas:
         """A finished block once more; or the text of a failure; or, with a stop_reason
@@ -1733,6 +1751,7 @@ class Answer:
 
     def say(self, channel: Any, text: str) -> Deltas:
         """The delta for what is new of `text`."""
+        text = string(text)
         if channel in self.again:
             text = self.unsaid(channel, text)
         self.said.setdefault(channel, []).append(text)
@@ -1782,6 +1801,12 @@ class Answer:
         return [{"content": self.held}] if self.held else None
 
 
+def string(value: Any) -> str:
+    if type(value) is not str:
+        raise TypeError
+    return value
+
+
 def told_differently() -> APIError:
     message = "The connection broke, and Claude began another answer."
     return bad_gateway(message, "stream_interrupted")
@@ -1795,26 +1820,25 @@ def open_end(text: str, stop: str) -> int:
     return 0
 
 
-def openai_usage(usages: List[Json]) -> Json:
+def openai_usage(usages: List[Dict[str, int]]) -> Json:
     """The Messages API's usage of each choice -> OpenAI's, summed. Its input_tokens
     leave out what was read from, or written to, the prompt cache."""
 
     def total(*keys: str) -> int:
-        return sum(usage.get(key) or 0 for usage in usages for key in keys)
+        return sum(usage.get(key, 0) for usage in usages for key in keys)
 
     cached, written = "cache_read_input_tokens", "cache_creation_input_tokens"
     prompt, completion = total("input_tokens", cached, written), total("output_tokens")
-    details = [usage.get("output_tokens_details") or {} for usage in usages]
-    told = [detail.get("thinking_tokens") for detail in details]
-    thought = [tokens for tokens in told if tokens is not None]
-    reasoning = {"completion_tokens_details": {"reasoning_tokens": sum(thought)}}
-    return {
+    usage: Json = {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": total(cached)},
-        **(reasoning if thought else {}),
     }
+    if any("thinking_tokens" in usage for usage in usages):
+        reasoning = {"reasoning_tokens": total("thinking_tokens")}
+        usage["completion_tokens_details"] = reasoning
+    return usage
 
 
 Delta = Tuple[int, Json, Optional[str]]  # index of the choice, delta, finish_reason
@@ -2535,13 +2559,18 @@ LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def parse_json(raw: bytes) -> Any:
-    """JSON in UTF-8 (RFC 8259), so without NaN. Half a surrogate pair, which the API
+    """JSON in UTF-8 (RFC 8259), so without NaN and 1e999. Half a surrogate pair, which the API
     refuses, becomes U+FFFD. Raises ValueError, RecursionError."""
 
     def refuse(name: str) -> Any:
         raise ValueError(name)
 
-    value = json.loads(raw.decode("utf-8-sig"), parse_constant=refuse)
+    def finite(digits: str) -> float:
+        value = float(digits)
+        return value if math.isfinite(value) else refuse(digits)
+
+    text = raw.decode("utf-8-sig")
+    value = json.loads(text, parse_constant=refuse, parse_float=finite)
     if re.search(rb"\\u[dD][89a-fA-F]", raw):
         text = json.dumps(value, ensure_ascii=False)
         value = json.loads(LONE_SURROGATE.sub("\ufffd", text))

@@ -98,6 +98,7 @@ class StandIn:
         self.told = {"argv": argv, "env": env, "cwd": os.getcwd(), "turns": []}
         self.tools = []
         self.backlog = []  # lines that came while an answer was awaited
+        self.in_halves = False
 
     def lines(self):
         while True:
@@ -107,8 +108,11 @@ class StandIn:
             yield raw
 
     def emit(self, line):
-        sys.stdout.write((line if isinstance(line, str) else json.dumps(line)) + "\n")
-        sys.stdout.flush()
+        text = (line if isinstance(line, str) else json.dumps(line)) + "\n"
+        for half in (text[:40], text[40:]) if self.in_halves else [text]:
+            sys.stdout.write(half)
+            sys.stdout.flush()
+            time.sleep(0.005 * self.in_halves)
 
     def result(self, text="", error=False, status=None, turns=1, reason="completed"):
         line = {"type": "result", "subtype": "success", "is_error": error, "result": text}
@@ -212,9 +216,10 @@ class StandIn:
 
 
 def misbehave(cli, wish):
-    """The faults. status=N / category=X: an API failure; retry=N: an api_retry line;
-    exit=N, hang, garbage, shape, empty: instead of an answer; line=N, stderr=N: N bytes
-    at once; stubborn: SIGTERM is ignored; child: so does a child process."""
+    """The faults. status=N / category=X: an API failure; retry=N: an api_retry line, or
+    retries=N of them; exit=N, hang, garbage, shape, empty, bytes=HEX: instead of an
+    answer; line=N, stderr=N: N bytes at once; halves: each line in two pieces;
+    stubborn: SIGTERM is ignored; child: so does a child process."""
     if "stubborn" in wish:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if "child" in wish:
@@ -230,6 +235,9 @@ def misbehave(cli, wish):
     if "retry" in wish:
         retry = {"type": "system", "subtype": "api_retry", "error": "rate_limit"}
         retry.update(error_status=json.loads(wish["retry"]), retry_delay_ms=7100)
+        for _ in range(int(wish.get("retries", 0))):
+            cli.emit(retry)
+            time.sleep(0.1)
         cli.emit(retry)
         time.sleep(float(wish.get("pause", 60)))
     if "status" in wish or "category" in wish:
@@ -247,6 +255,9 @@ def misbehave(cli, wish):
     if "garbage" in wish:
         cli.emit("plain words\n\xff\xfe")
         cli.emit('{"type": no json')
+    if "bytes" in wish:
+        os.write(1, bytes.fromhex(wish["bytes"]))
+    cli.in_halves = "halves" in wish
     if "shape" in wish:
         cli.emit({"type": "stream_event", "event": {"type": "message_start"}})
     if "empty" in wish:
@@ -275,6 +286,7 @@ if __name__ == "__main__" and sys.argv[1:2] in (["-p"], ["--version"], ["auth"])
 
 import ast  # noqa: E402
 import atexit  # noqa: E402
+import collections  # noqa: E402
 import contextlib  # noqa: E402
 import glob  # noqa: E402
 import hashlib  # noqa: E402
@@ -282,6 +294,7 @@ import http.client  # noqa: E402
 import http.server  # noqa: E402
 import plistlib  # noqa: E402
 import py_compile  # noqa: E402
+import random  # noqa: E402
 import shutil  # noqa: E402
 import socket  # noqa: E402
 import subprocess  # noqa: E402
@@ -1111,6 +1124,110 @@ def test_bodies_that_are_no_request(server, body):
     assert reply.status == 400 and reply.error["type"] == "invalid_request_error"
 
 
+# A request with something at every place that is looked at, and what is taken there
+# besides a value of the same JSON type: null, bool, int, float, str, list, dict by
+# their first letters, "*" for a place that nobody looks at.
+WHOLE = {
+    "model": "sonnet", "stream": True, "stream_options": {"include_usage": True},
+    "max_tokens": 5, "max_completion_tokens": 5, "stop": ["a"], "n": 1,
+    "parallel_tool_calls": True, "reasoning_effort": "low", "temperature": 1, "seed": 1,
+    "logit_bias": {"1": 1}, "user": "u", "metadata": {"a": "b"}, "store": False,
+    "tool_choice": {"type": "function", "function": {"name": "f"}},
+    "tools": [{"type": "function", "function": {
+        "name": "f", "description": "d", "strict": True, "parameters": {
+            "type": "object", "required": ["a"], "properties": {"a": {"type": "string"}},
+        }}}],
+    "response_format": {"type": "json_schema", "json_schema": {
+        "name": "n", "strict": True, "schema": {
+            "type": "object", "properties": {"b": {"anyOf": [{"type": "string"}]}},
+        }}},
+    "messages": [
+        {"role": "system", "name": "n", "content": [{"type": "text", "text": "s"}]},
+        {"role": "user", "content": [
+            {"type": "text", "text": "t"},
+            {"type": "image_url", "image_url": {"url": "https://x/y", "detail": "low"}},
+            {"type": "file", "file": {"filename": "a", "file_data": "AAAA"}},
+        ]},
+        {"role": "assistant", "content": "c", "refusal": None, "tool_calls": [
+            {"id": "i", "type": "function", "function": {"name": "f", "arguments": "{}"}},
+        ]},
+        {"role": "tool", "tool_call_id": "i", "content": "r"},
+    ],
+}  # fmt: skip
+TAKEN = {
+    "stop": "ns", "temperature": "nf", "tool_choice": "n", "response_format": "n",
+    "tools[].function.description": "n", "tools[].function.strict": "*",
+    "tools[].function.parameters": "n", "tools[].function.parameters.required": "nb",
+    "tools[].function.parameters.properties": "n",
+    "tools[].function.parameters.properties.a": "b",
+    "tools[].function.parameters.properties.a.type": "*",
+    "response_format.json_schema.name": "*", "response_format.json_schema.strict": "*",
+    "response_format.json_schema.schema.properties": "n",
+    "response_format.json_schema.schema.properties.b": "b",
+    "response_format.json_schema.schema.properties.b.anyOf": "n",
+    "response_format.json_schema.schema.properties.b.anyOf[]": "b",
+    "response_format.json_schema.schema.properties.b.anyOf[].type": "*",
+    "logit_bias.1": "*", "metadata.a": "*", "messages[].name": "*",
+    "messages[].content": "nsl", "messages[].content[]": "s",
+    "messages[].content[].image_url": "s", "messages[].content[].image_url.detail": "*",
+    "messages[].content[].file.filename": "n", "messages[].refusal": "*",
+    "messages[].tool_calls[].type": "*",
+    "messages[].tool_calls[].function.arguments": "n",
+}  # fmt: skip
+OPTIONAL = "stream stream_options stream_options.include_usage max_tokens n seed user".split()
+OPTIONAL += "max_completion_tokens parallel_tool_calls reasoning_effort store".split()
+TAKEN.update(dict.fromkeys([*OPTIONAL, "logit_bias", "metadata"], "n"))
+# (The call after `messages[].tool_calls: null` is answered, but was not made.)
+SAMPLES = {"n": None, "b": True, "i": 7, "f": 1.5, "s": "https://x", "l": [[]], "d": {}}
+TYPES = {bool: "b", int: "i", float: "f", str: "s", list: "l", dict: "d", type(None): "n"}
+
+
+def places(value, path=()):
+    """The paths of all values in a JSON value, its own first."""
+    yield path
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in pairs:
+        yield from places(inner, (*path, key))
+
+
+def at(value, path):
+    for key in path:
+        value = value[key]
+    return value
+
+
+def written(path, index="[%d]"):
+    text = "".join(index.replace("%d", str(key)) if isinstance(key, int) else "." + key for key in path)
+    return text.lstrip(".")
+
+
+@pytest.mark.parametrize("path", list(places(WHOLE))[1:], ids=written)
+def test_wrong_types_are_refused_at_every_place(path):
+    taken = TAKEN.get(written(path, "[]"), "")
+    for kind, sample in SAMPLES.items():
+        if kind in taken or taken == "*" or kind == TYPES[type(at(WHOLE, path))]:
+            continue
+        body = json.loads(json.dumps(WHOLE))
+        at(body, path[:-1])[path[-1]] = sample
+        with pytest.raises(proxy.APIError) as caught:
+            proxy.parse_request(body, {})
+        error = caught.value.body["error"]
+        assert caught.value.status == 400
+        assert error["param"].split(".")[0].split("[")[0] in (path[0], "tool_choice")
+
+
+def test_odd_numbers_and_keys(server):
+    body = '{"model":"x","model":"sonnet","messages":[{"role":"user","content":"x"}],%s}'
+    assert server.post(body % '"user":"u"').status == 200  # the last one counts
+    assert server.post(body % '"temperature":1e999').status == 400
+    assert server.post(body % ('"max_tokens":' + "9" * 400)).status == 400
+    assert server.post(body % ('"max_tokens":' + "9" * 9999)).status == 400
+    assert server.post(body % ('"seed":' + "9" * 400)).status == 200
+    assert server.post(body % ('"metadata":' + "[" * 10000 + "]" * 10000)).status == 400
+    reply = server.post((body % '"user":"u"').replace('"content":"x"', '"content":"a\\ud800b"'))
+    assert reply.content == "You said: a\ufffdb "
+
+
 def test_max_tokens(server):
     told = server.told("x", max_tokens=5000)
     assert told["env"]["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] == "5000"
@@ -1309,7 +1426,11 @@ def test_a_split_emoji_is_joined(server):
 def test_usage_counts_what_was_cached():
     usage = {"input_tokens": 1, "cache_read_input_tokens": 20, "output_tokens": 5}
     usage.update(cache_creation_input_tokens=300, output_tokens_details={"thinking_tokens": 4})
-    assert proxy.openai_usage([usage, {"input_tokens": 1000, "output_tokens": None}]) == {
+    answer = proxy.Answer(ask_of())
+    answer.count({"output_tokens": 1})
+    answer.count({**usage, "input_tokens": 1001})
+    answer.count({"output_tokens": None})
+    assert proxy.openai_usage([answer.usage, {"input_tokens": 0}]) == {
         "prompt_tokens": 1321,
         "completion_tokens": 5,
         "total_tokens": 1326,
@@ -1347,6 +1468,10 @@ def test_failures_have_their_status(server, stream, api, ours):
         ("mock:garbage", 502, None),
         ("mock:shape", 502, None),
         ("mock:empty", 502, None),
+        ("mock:bytes=" + b'{"type":"stream_ev'.hex() + " mock:exit=0", 502, "cli_died"),
+        ("mock:bytes=" + b'{"type":"result","result":"\xff"}\n'.hex(), 502, None),
+        ("mock:bytes=" + b'{"type":"control_request","request":[]}\n'.hex(), 502, None),
+        ("mock:bytes=" + b'{"type":"rate_limit_event"}\n'.hex(), 502, None),
     ],
 )
 def test_other_failures(server, wish, status, code):
@@ -1380,6 +1505,7 @@ def test_an_error_in_a_stream_that_has_begun(server):
 def test_silence_is_504(make):
     one = make(timeout=0.3)
     assert one.chat("mock:hang").status == 504
+    assert one.chat("mock:retry=529 mock:retries=99").status == 504
     reply = one.chat("mock:tokens=2 mock:gap_ms=60000", stream=True)
     assert reply.status == 200 and reply.error["code"] == "timeout"
 
@@ -1395,7 +1521,7 @@ def test_a_silent_stream_is_kept_alive(server, monkeypatch):
     assert reply.content == "tok0 "
 
 
-@pytest.mark.parametrize("wish", ["mock:line=5000000", "mock:stderr=2000000"])
+@pytest.mark.parametrize("wish", ["mock:line=5000000", "mock:stderr=2000000", "mock:halves"])
 def test_much_noise_is_no_fault(server, wish):
     assert server.chat(wish).content == "tok0 tok1 tok2 tok3 tok4 "
 
@@ -2375,6 +2501,240 @@ def test_the_log_has_a_line_for_each_request_and_no_prompt():
         r"first=\d\.\d{3} model=claude-sonnet-mock in=10 cached=0 out=\d+ total=\d\.\d{3}$",
         re.sub(r"model=\S+ (first=\S+)", r"\1 model=claude-sonnet-mock", line),
     ), line
+
+
+# ── Fuzz and load ──────────────────────────────────────────────────────────────────
+
+JUNK = [None, True, -1, 10**30, 1.5, "x", "", "\ud800", [], {}, [[]], {"type": 1}]
+
+
+def mutated(value, rng):
+    """A copy with something dropped, put in, wrapped, or copied from elsewhere."""
+    value = json.loads(json.dumps(value))
+    paths = list(places(value))[1:]
+    if not paths:
+        return rng.choice(JUNK)
+    path = rng.choice(paths)
+    holder, key, change = at(value, path[:-1]), path[-1], rng.randrange(4)
+    if change == 0:
+        del holder[key]
+    elif change == 1:
+        holder[key] = rng.choice(JUNK)
+    elif change == 2:
+        holder[key] = [holder[key]]
+    else:
+        holder[key] = json.loads(json.dumps(at(value, rng.choice(paths))))
+    return value
+
+
+def gnawed(raw, rng):
+    """Bytes with a few of them changed, dropped or doubled."""
+    raw = bytearray(raw)
+    for _ in range(rng.randrange(1, 4)):
+        place = rng.randrange(len(raw))
+        raw[place : place + 1] = rng.choice([b"", bytes([rng.randrange(256)]), raw[place : place + 1] * 2, b'"', b"\r\n"])
+    return bytes(raw)
+
+
+def test_mutated_requests_are_understood_or_refused():
+    """And what is understood can be told to the CLI."""
+    outcomes = set()
+    for seed in range(1500):
+        rng, body = random.Random(seed), WHOLE
+        for _ in range(rng.randrange(1, 4)):
+            body = mutated(body, rng)
+        raw = json.dumps(body).encode()
+        try:
+            value = proxy.parse_json(gnawed(raw, rng) if seed % 5 == 0 else raw)
+        except ValueError:  # read_json() makes it a 400
+            continue
+        try:
+            ask = proxy.parse_request(value, {})
+        except proxy.APIError as error:
+            assert error.status in (400, 404), seed
+            outcomes.add(error.status)
+            continue
+        lines = [proxy.initialize_line(ask.setup), proxy.query_line(ask.turns[-1], (2, 1, 112))]
+        lines += [proxy.turn_line(turn, i, (2, 1, 112)) for i, turn in enumerate(ask.turns)]
+        json.dumps([lines, ask.setup.tools], allow_nan=False).encode()
+        outcomes.add(200)
+    assert outcomes == {200, 400, 404}
+
+
+def transcript(text, tools=()):
+    """The lines that a CLI prints for a text of mock: words."""
+    lines, block = [], {}
+    for event in events(wishes(text), tools):
+        block = dict(event.get("content_block", block))
+        if event["type"] == "content_block_stop":
+            said = {"content": [block], "model": "m", "stop_reason": None}
+            lines.append({"type": "assistant", "message": said})
+        lines.append({"type": "stream_event", "event": event})
+    return lines
+
+
+WHOLE_MESSAGE = {
+    "model": "m", "usage": {"input_tokens": 1, "output_tokens": 1}, "stop_reason": "end_turn",
+    "content": [{"type": "thinking", "thinking": "t", "signature": "s"}, {"type": "text", "text": "x"},
+                {"type": "tool_use", "id": "i", "name": "f", "input": {}}],
+}  # fmt: skip
+TRANSCRIPTS = [
+    transcript("mock:think=2 mock:tokens=4"),
+    transcript("mock:tool=f,g"),
+    transcript("mock:tokens=2", ["StructuredOutput"]),
+    transcript("mock:tokens=3")[:4] + transcript("mock:tokens=5"),  # told again
+    [{"type": "rate_limit_event", "rate_limit_info": {"status": "allowed", "resetsAt": 5}}]
+    + [{"type": "system", "subtype": "api_retry", "error_status": 529, "retry_delay_ms": 5}]
+    + transcript("mock:say=x"),
+    [{"type": "assistant", "message": WHOLE_MESSAGE}],
+    [{"type": "assistant", "error": "unknown", "message": {"content": []}}]
+    + [{"type": "result", "is_error": True, "result": "x", "api_error_status": 529}],
+]
+
+
+def test_mutated_transcripts_are_an_answer_or_an_error():
+    outcomes = set()
+    for seed in range(1500):
+        rng = random.Random(seed)
+        lines = rng.choice(TRANSCRIPTS)
+        for _ in range(rng.randrange(1, 4)):
+            lines = mutated(lines, rng)
+        raws = [json.dumps(line).encode() for line in (lines if isinstance(lines, list) else [lines])]
+        if seed % 5 == 0 and raws:
+            raws.append(gnawed(raws.pop(), rng))
+        ask = ask_of(stop=["tok2"], stream=True)._replace(structured=seed % 3 == 0)
+        outcomes.add(told_by(raws, proxy.Answer(ask), proxy.Reply(ask, "id", 1)))
+    assert outcomes == {200, 502, 503}
+
+
+def told_by(raws, answer, reply):
+    """The status of an answer made of these lines; its chunks and its whole are sound."""
+    try:
+        for line in map(proxy.parse_line, filter(proxy.matters, raws)):
+            deltas = [reply.add(0, delta) for delta in answer.feed(line)]
+            if answer.finish_reason:
+                deltas.append(reply.add(0, {}, answer.finish_reason))
+            for _, delta, reason in deltas:
+                (choice,) = json.loads(reply.encode((0, delta, reason)))["choices"]
+                texts = [choice["delta"].get(key) for key in ("content", "reasoning_content")]
+                assert all(text is None or isinstance(text, str) for text in texts)
+            if answer.finish_reason:
+                reply.usage = proxy.openai_usage([answer.usage])
+                json.dumps(reply.completion(), allow_nan=False)
+                break
+        return 200
+    except proxy.APIError as error:
+        return error.status
+
+
+def test_mutated_http_is_answered_or_dropped(server):
+    """What comes back is well-formed, and no fault of ours."""
+    body = json.dumps({"model": "gpt-4", "messages": [user("x")]}).encode()
+    chunked = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    whole = [
+        POST + b"Content-Length: %d\r\n\r\n%b" % (len(body), body),
+        POST + chunked,
+        POST + b"Origin: http://localhost\r\nContent-Type: application/json\r\n" + chunked,
+        b"GET /v1/models/sonnet?x=1 HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer x\r\n\r\n",
+        b"OPTIONS /v1/models HTTP/1.0\r\nOrigin: app://x\r\n\r\n",
+    ]
+    for seed in range(400):
+        rng = random.Random(seed)
+        reply = server.raw(gnawed(rng.choice(whole), rng))
+        while reply:
+            head, _, reply = reply.partition(b"\r\n\r\n")
+            status = int(re.match(rb"HTTP/1\.1 (\d+) ", head)[1])
+            assert status in (100, 200, 204) or 400 <= status < 500 or status in (501, 505), seed
+            if status not in (100, 204):
+                size = int(re.search(rb"Content-Length: (\d+)", head)[1])
+                payload, reply = reply[:size], reply[size:]
+                assert not payload or json.loads(payload), seed
+
+
+# What a client may do, and the statuses that it may see: wishes, parameters, whether it
+# leaves in the middle.
+LOAD = [
+    ("mock:tokens=20", {"stream": True}, False),
+    ("mock:tokens=20", {}, False),
+    ("mock:tool=f", {"tools": [{"type": "function", "function": {"name": "f"}}]}, False),
+    ("mock:tokens=1", {"n": 2}, False),
+    ("mock:tokens=99 mock:gap_ms=50", {"stream": True}, True),
+    ("mock:hang", {}, True),
+    ("mock:stubborn mock:hang", {"stream": True}, True),
+    ("mock:exit=1", {}, False),
+    ("mock:garbage", {"stream": True}, False),
+    ("mock:status=529", {}, False),
+    ("x", {"model": "gpt-4"}, False),
+    ("x", {"temperature": "hot"}, False),
+    ("x", {"messages": []}, False),
+]
+
+
+def load(port, count, outcomes, seed=1):
+    """`count` requests of a client that is not always polite."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        text, parameters, leaves = rng.choice(LOAD)
+        messages = [system(f"s{rng.randrange(3)}"), user("a"), assistant("b"), user(text)]
+        body = {"model": "sonnet", "messages": messages[rng.choice([0, 1, 3]) :], **parameters}
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        with contextlib.closing(connection):
+            connection.request("POST", "/v1/chat/completions", json.dumps(body))
+            if leaves:
+                time.sleep(rng.random() / 10)
+                outcomes.append("left")
+            else:
+                reply = Result(connection.getresponse())
+                outcomes.append(reply.status)
+                if reply.status == 200 and "tokens=20" in text:
+                    assert reply.content == "".join(f"tok{i} " for i in range(20))
+
+
+def state_of(pid):
+    """What a process holds: children, descriptors, threads (as far as can be seen), and
+    RSS in MB."""
+    rows = [row.split() for row in shell("ps -A -o pid=,ppid=,rss=").splitlines()]
+    proc = f"/proc/{pid}/"
+    counts = [len(os.listdir(proc + name)) if os.path.exists(proc) else 0 for name in ("fd", "task")]
+    size = [int(row[2]) / 1024 for row in rows if row[0] == str(pid)]
+    return (sum(row[1] == str(pid) for row in rows), *counts), size[0]
+
+
+def shell(line):
+    return subprocess.check_output(line.split(), text=True)
+
+
+def test_load_leaves_nothing_behind(tmp_path, monkeypatch):
+    """LOAD_REQUESTS=500 of them; fewer by default, for speed."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    count, outcomes = int(os.environ.get("LOAD_REQUESTS", 100)), []
+    with running("--spares", "0") as (process, port):
+        drained = threading.Thread(target=process.stderr.read)
+        drained.start()
+        load(port, 10, [])
+        before, size = until(lambda: idle(process.pid))
+        threads = [threading.Thread(target=load, args=(port, count // 10, outcomes, i)) for i in range(10)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        until(lambda: (idle(process.pid) or [None])[0] == before)
+        grown = state_of(process.pid)[1] - size
+        print(f"{len(outcomes)} requests {collections.Counter(outcomes)}; {before} (children, descriptors, "
+              f"threads) before and after; {size:.1f} MB, {grown:+.1f}")
+        process.terminate()
+        assert process.wait(5) == 0
+        drained.join()
+    assert len(outcomes) == count // 10 * 10
+    assert set(outcomes) <= {200, 400, 404, 429, 502, 503, "left"}
+    assert grown < 8 and not list(tmp_path.glob("claude-max-proxy-*"))
+
+
+def idle(pid):
+    """state_of() a server that has no child and no connection any more."""
+    state = state_of(pid)
+    return state if not state[0][0] and state[0][2] <= 1 else None
 
 
 # ── Documents ──────────────────────────────────────────────────────────────────────
