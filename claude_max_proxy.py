@@ -88,7 +88,7 @@ WRITE_SECONDS = 60  # for a client to take a write that does not fit its buffers
 ALIVE_SECONDS = 10  # of silence before a stream is started and kept alive
 TICK_SECONDS = 0.5  # how often the main thread, and a request that waits, look around
 TERM_SECONDS = 1.0  # from SIGTERM to SIGKILL
-DRAIN_SECONDS = 3.0  # that answers in flight get when the server stops
+DRAIN_SECONDS = 2.0  # that answers in flight get when the server stops
 SPARE_SECONDS = 600  # an unused spare process holds 155 MB
 LOGIN_SECONDS = 5  # between two looks whether somebody has logged in
 PROBE_SECONDS = 20  # for `claude --version` and `claude auth status`
@@ -2104,6 +2104,7 @@ class Server(http.server.ThreadingHTTPServer):
         yield from self.gate.enter(ask.n, client)
         claudes: List[Claude] = []
         try:
+            self.refuse_when_stopping()
             for _ in range(ask.n):
                 claudes.append(self.keeper.start(ask))
             yield from self.converse(reply, claudes, client)
@@ -2146,10 +2147,13 @@ class Server(http.server.ThreadingHTTPServer):
         reply.usage = openai_usage([answer.usage for answer in answers.values()])
         self.learn(ask, list(answers.values()), reply.choices[0].message())
 
+    def refuse_when_stopping(self) -> None:
+        if self.stopping:
+            raise unavailable("The server is stopping.", "stopping")
+
     def died(self, claude: Claude) -> APIError:
         """The error for a process whose output ended before its answer did."""
-        if self.stopping:
-            return unavailable("The server is stopping.", "stopping")
+        self.refuse_when_stopping()
         with contextlib.suppress(subprocess.TimeoutExpired):
             claude.process.wait(TICK_SECONDS)
         if self.settings.verbose and claude.complaint:
@@ -2303,8 +2307,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not is_same(given, key):
                 message, code = "Incorrect API key provided.", "invalid_api_key"
                 raise APIError(401, message, "authentication_error", code)
-        if self.server.stopping:
-            raise unavailable("The server is stopping.", "stopping")
+        self.server.refuse_when_stopping()
 
     def is_our_name(self, host: str) -> bool:
         """Against DNS rebinding: a foreign name that was made to mean our address. On
