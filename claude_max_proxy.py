@@ -208,6 +208,16 @@ def number(kind: type, least: float, most: float = math.inf) -> Any:
     return parse
 
 
+def folder(path: str) -> str:
+    """An argparse type: a directory, made where there is none. "" is none."""
+    try:
+        if path:
+            os.makedirs(path, 0o700, exist_ok=True)
+        return path
+    except OSError as error:
+        raise ValueError(path) from error
+
+
 class Option(NamedTuple):
     default: Any
     help: str
@@ -223,6 +233,7 @@ OPTIONS = {
     "max_concurrency": Option(8, "CLI processes at once", number(int, 1, 1000)),
     "spares": Option(2, "processes started ahead, 155 MB each", number(int, 0, 100)),
     "timeout": Option(600.0, "seconds of silence before 504", number(float, 0.01)),
+    "trace": Option("", "write requests, with prompts, and CLI streams there", folder),
     "verbose": Option(False, "also log what a failed CLI wrote to stderr", bool),
 }
 Settings = collections.namedtuple(
@@ -1112,7 +1123,7 @@ class Claude:
     Keeper again until it is reaped.
     """
 
-    def __init__(self, program: Program, spawn: Spawn, cwd: str):
+    def __init__(self, program: Program, spawn: Spawn, cwd: str, trace: str = ""):
         self.program, self.spawn = program, spawn
         self.setup: Optional[Setup] = None
         self.turns: List[Json] = []
@@ -1136,6 +1147,8 @@ class Claude:
         )  # fmt: skip
         for pipe in self.pipes:
             os.set_blocking(pipe.fileno(), False)
+        name = f"{time.strftime('%Y%m%dT%H%M%S')}-{self.process.pid}"
+        self.trace = trace and os.path.join(trace, name)  # where its files begin
 
     def is_usable(self, program: Program) -> bool:
         """Whether it is alive, and of the CLI that is installed now."""
@@ -1174,7 +1187,9 @@ class Claude:
             self.send("\n".join(lines))
 
     def send(self, text: str) -> None:
-        self.outbox += text.encode() + b"\n"
+        data = text.encode() + b"\n"
+        self.tee("stdin.jsonl", data)
+        self.outbox += data
         self.write()
 
     def write(self) -> None:
@@ -1189,6 +1204,7 @@ class Claude:
         data = read_some(self.stdout)
         if not data:
             return None if data == b"" else []
+        self.tee("stdout.jsonl", data)
         head, newline, tail = data.rpartition(b"\n")
         if not newline:
             self.partial.append(data)
@@ -1208,6 +1224,15 @@ class Claude:
         data = read_some(self.stderr)
         self.complaint = (self.complaint + (data or b""))[-2000:]
         return data != b""
+
+    def tee(self, name: str, data: bytes) -> None:
+        """For --trace: what passes, appended to a file that is the owner's alone."""
+        if self.trace:
+            mode = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            with contextlib.suppress(OSError):  # a full disk stops no answer
+                file = os.open(f"{self.trace}.{name}", mode, 0o600)
+                with open(file, "wb") as copy:
+                    copy.write(data)
 
     def settle(self, line: Json) -> bool:
         """Whether this line is none of the answer; what it asks for is done then."""
@@ -1412,8 +1437,8 @@ class Keeper:
     thread's, into which the spares' pipes are put.
     """
 
-    def __init__(self, chosen: str = "", most: int = 0):
-        self.chosen, self.most = chosen, most
+    def __init__(self, chosen: str = "", most: int = 0, trace: str = ""):
+        self.chosen, self.most, self.trace = chosen, most, trace
         self.lock = threading.Lock()
         self.live: Set[Claude] = set()  # answering
         self.dying: List[Claude] = []  # sent a signal, not reaped yet
@@ -1461,7 +1486,7 @@ class Keeper:
 
     def spawn(self, program: Program, spawn: Spawn) -> Claude:
         try:
-            return Claude(program, spawn, self.home)
+            return Claude(program, spawn, self.home, self.trace)
         except OSError as error:
             reason = f"Claude Code can't be started: {error.strerror}."
             raise unavailable(reason, "no_cli") from error
@@ -1886,6 +1911,7 @@ class Reply:
         self.ask, self.id, self.created = ask, id, created
         self.model = ask.requested  # until the API tells its own name for it
         self.choices: Dict[int, Choice] = {}
+        self.body = b""  # of the request, for --trace
         self.usage: Optional[Json] = None
         self.first: Optional[float] = None  # seconds until its first delta
         self.around: Dict[Any, List[str]] = {}  # what chunks of one kind share
@@ -2021,10 +2047,11 @@ class Server(http.server.ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if is_v6 else socket.AF_INET
         super().__init__((settings.host, settings.port), Handler)
         self.gate = Gate(settings.max_concurrency)
-        self.keeper = Keeper(settings.claude, settings.spares)
+        self.keeper = Keeper(settings.claude, settings.spares, settings.trace)
         self.origins = set(re.findall(r"[^\s,]+", settings.allow_origin))
         self.thoughts: Thoughts = {}
         self.rate_limit: Optional[Json] = None
+        self.limit_told = ""
         self.started = time.monotonic()
         self.stopping = False
         self.woken, self.waker = socket.socketpair()  # ends the main thread's wait
@@ -2107,10 +2134,12 @@ class Server(http.server.ThreadingHTTPServer):
             self.refuse_when_stopping()
             for _ in range(ask.n):
                 claudes.append(self.keeper.start(ask))
+                claudes[-1].tee("request.json", reply.body)
             yield from self.converse(reply, claudes, client)
         except APIError as error:
             if error.status == 401:
                 self.keeper.login = False  # for /health, until an answer comes
+                self.keeper.drop(lambda claude: True)  # they know the old login
             raise
         finally:
             for claude in claudes:
@@ -2143,9 +2172,18 @@ class Server(http.server.ThreadingHTTPServer):
                 if answer.finish_reason:
                     yield reply.add(answer.index, {}, answer.finish_reason)
                 elif line["type"] == "rate_limit_event":
-                    self.rate_limit = line["rate_limit_info"]
+                    self.note_limit(line["rate_limit_info"])
         reply.usage = openai_usage([answer.usage for answer in answers.values()])
         self.learn(ask, list(answers.values()), reply.choices[0].message())
+
+    def note_limit(self, info: Json) -> None:
+        """Keep what the CLI tells of the plan's limit, for /health; log it when it
+        begins to warn."""
+        shown = ("rateLimitType", "status", "utilization", "resetsAt")
+        told = " ".join(f"{key}={info[key]}" for key in shown[:2] if key in info)
+        if self.limit_told != told and info.get("status") != "allowed":
+            log("limit " + " ".join(f"{key}={info[key]}" for key in shown if key in info))
+        self.rate_limit, self.limit_told = info, told
 
     def refuse_when_stopping(self) -> None:
         if self.stopping:
@@ -2353,6 +2391,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise bad("", "The JSON is nested too deeply.") from None
         name, now = "chatcmpl-" + os.urandom(12).hex(), int(time.time())
         self.reply = Reply(ask, name, now)
+        self.reply.body = self.body
         deltas = self.server.answer(self.reply, self.connection)
         with contextlib.closing(deltas):
             if ask.stream:
@@ -2384,6 +2423,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise APIError(415, "Content-Type must be application/json.")
         raw = self.read_body()
         self.body_unread = False
+        self.body = raw if self.server.settings.trace else b""
         try:
             return parse_json(raw)
         except ValueError:
@@ -2640,18 +2680,26 @@ def run_checks(settings: Settings) -> int:
 
 
 def announce(server: Server) -> None:
-    """What was found, once, on stderr."""
-    host = server.settings.host
-    host = "localhost" if is_loopback(host) else host
-    log(f"claude_max_proxy {__version__} serves http://{host}:{server.server_port}/v1")
+    """Where it is, what was found, what to try: once, on stderr."""
+    settings = server.settings
+    host = "localhost" if is_loopback(settings.host) else settings.host
+    url = f"http://{host}:{server.server_port}/v1"
+    lines = [f"claude_max_proxy {__version__} serves {url}"]
     try:
         program = server.keeper.program()
-        log(f"Claude Code {program.version_text} at {program.path}")
-        log("logged in" if server.keeper.has_login() else LOGIN_CURE)
+        lines.append(f"Claude Code {program.version_text} at {program.path}")
+        lines.append("logged in" if server.keeper.has_login() else LOGIN_CURE)
     except APIError as error:
-        log(str(error))
-    if withheld_note():
-        log(withheld_note())
+        lines.append(str(error))
+    lines += [withheld_note()] if withheld_note() else []
+    if settings.trace:
+        lines.append(f"--trace: prompts are written to {settings.trace}")
+    lines.append("models: " + ", ".join([*MODELS, *MODELS.values()]))
+    key = ' -H "Authorization: Bearer $KEY"' if settings.api_key else ""
+    body = '{"model":"sonnet","messages":[{"role":"user","content":"Hello!"}]}'
+    lines.append(f"try: curl {url}/chat/completions{key} -d '{body}'")
+    with contextlib.suppress(OSError):
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 def main() -> int:
