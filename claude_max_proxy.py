@@ -2051,7 +2051,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.origins = set(re.findall(r"[^\s,]+", settings.allow_origin))
         self.thoughts: Thoughts = {}
         self.rate_limit: Optional[Json] = None
-        self.limit_told = ""
+        self.limit_told: Tuple[Any, Any] = (None, None)  # its type and status
         self.started = time.monotonic()
         self.stopping = False
         self.woken, self.waker = socket.socketpair()  # ends the main thread's wait
@@ -2107,9 +2107,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.woken.close()
         self.waker.close()
 
-    def answer(
-        self, reply: Reply, client: socket.socket
-    ) -> Iterator[Optional[Delta]]:
+    def answer(self, reply: Reply, client: socket.socket) -> Iterator[Optional[Delta]]:
         """The deltas of one response; None when there is no more for now. After some
         silence comes one that changes nothing. (A comment would not reset the watchdogs
         of some clients.)"""
@@ -2145,7 +2143,6 @@ class Server(http.server.ThreadingHTTPServer):
             for claude in claudes:
                 self.keeper.retire(claude)
             self.gate.leave(ask.n)
-            self.wake()
 
     def converse(
         self, reply: Reply, claudes: List[Claude], client: socket.socket
@@ -2179,10 +2176,10 @@ class Server(http.server.ThreadingHTTPServer):
     def note_limit(self, info: Json) -> None:
         """Keep what the CLI tells of the plan's limit, for /health; log it when it
         begins to warn."""
-        shown = ("rateLimitType", "status", "utilization", "resetsAt")
-        told = " ".join(f"{key}={info[key]}" for key in shown[:2] if key in info)
-        if self.limit_told != told and info.get("status") != "allowed":
-            log("limit " + " ".join(f"{key}={info[key]}" for key in shown if key in info))
+        told = info.get("rateLimitType"), info.get("status")
+        if told != self.limit_told and "allowed" != told[1]:
+            shown = ("rateLimitType", "status", "utilization", "resetsAt")
+            log(" ".join(["limit", *(f"{k}={info[k]}" for k in shown if k in info)]))
         self.rate_limit, self.limit_told = info, told
 
     def refuse_when_stopping(self) -> None:
@@ -2393,12 +2390,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.reply = Reply(ask, name, now)
         self.reply.body = self.body
         deltas = self.server.answer(self.reply, self.connection)
-        with contextlib.closing(deltas):
-            if ask.stream:
-                self.stream(deltas)
-            else:
+        try:
+            with contextlib.closing(deltas):
+                if ask.stream:
+                    return self.stream(deltas)
                 collections.deque(deltas, maxlen=0)
-                self.send_json(200, self.reply.completion())
+            self.send_json(200, self.reply.completion())
+        finally:
+            self.server.wake()  # the main thread's turn, now that all is sent
 
     ROUTES = {
         "/health": {"GET": get_health, "OPTIONS": preflight},
