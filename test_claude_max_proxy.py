@@ -9,11 +9,12 @@
                                                 try the server without a subscription
 
 Two doubles. The stand-in CLI is this file, executed as `claude`: it speaks the control
-protocol and answers as the last user text asks, in words of the form mock:KEY=VALUE (see
-`events`, `misbehave`); mock:show says back all that it was told. The small Messages API
-(`MessagesAPI`) is for the tests of the contract with the REAL CLI: they run when a real
+protocol and answers as the last user text asks, in words of the form mock:KEY=VALUE
+(see `events`, `misbehave`); mock:show says back all that it was told. The
+small Messages API (`MessagesAPI`) is for the tests of the contract with the REAL CLI: they run when a real
 `claude` is on PATH, or when CLAUDE_CLIS names some (paths, separated like PATH).
 """
+
 import json
 import os
 import re
@@ -64,14 +65,19 @@ def events(wish, tools=(), model="claude-mock-1", prompt=(10, 0, 0)):
     for i, name in enumerate(calls):
         use = {"type": "tool_use", "id": f"toolu_{time.time_ns()}{i}", "name": name}
         text = wish.get("input", '{"city":"Paris"}')
-        pieces = [] if text == "none" else [text[k : k + 7] for k in range(0, len(text), 7)]
+        pieces = (
+            [] if text == "none" else [text[k : k + 7] for k in range(0, len(text), 7)]
+        )
         blocks.append(({**use, "input": {}}, pieces))
     count = 0
     keys = {"text": "text", "thinking": "thinking", "tool_use": "partial_json"}
     kinds = {"text": "text", "thinking": "thinking", "tool_use": "input_json"}
     for index, (block, pieces) in enumerate(blocks):
         yield {"type": "content_block_start", "index": index, "content_block": block}
-        deltas = [{"type": kinds[block["type"]] + "_delta", keys[block["type"]]: p} for p in pieces]
+        deltas = [
+            {"type": kinds[block["type"]] + "_delta", keys[block["type"]]: p}
+            for p in pieces
+        ]
         if block["type"] == "thinking":
             deltas.append({"type": "signature_delta", "signature": "c2lnbmVk"})
         for delta in deltas:
@@ -115,7 +121,12 @@ class StandIn:
             time.sleep(0.005 * self.in_halves)
 
     def result(self, text="", error=False, status=None, turns=1, reason="completed"):
-        line = {"type": "result", "subtype": "success", "is_error": error, "result": text}
+        line = {
+            "type": "result",
+            "subtype": "success",
+            "is_error": error,
+            "result": text,
+        }
         line.update(api_error_status=status, num_turns=turns, terminal_reason=reason)
         self.emit(line)
 
@@ -146,7 +157,9 @@ class StandIn:
             self.tools = self.mcp("tools/list")["tools"]
             self.told["tools"] = self.tools
         response = {"subtype": "success", "request_id": line["request_id"]}
-        self.emit({"type": "control_response", "response": {**response, "response": {}}})
+        self.emit(
+            {"type": "control_response", "response": {**response, "response": {}}}
+        )
 
     def mcp(self, method, params=None):
         message = {"jsonrpc": "2.0", "method": method, "params": params or {}}
@@ -167,7 +180,9 @@ class StandIn:
         for block in content:
             if block["type"] == "tool_result":
                 content = block.get("content")
-                text += " " + (content if isinstance(content, str) else json.dumps(content))
+                text += " " + (
+                    content if isinstance(content, str) else json.dumps(content)
+                )
         wish = wishes(text)
         if not wish:
             wish = {"json": json.dumps([w + " " for w in f"You said: {text}".split()])}
@@ -195,7 +210,9 @@ class StandIn:
                 self.emit({"type": "assistant", "message": said})
                 if block["type"] == "tool_use" and block["name"] in names:
                     self.mcp("tools/call", {"name": block["name"]})
-            self.emit({"type": "stream_event", "event": event, "parent_tool_use_id": None})
+            self.emit(
+                {"type": "stream_event", "event": event, "parent_tool_use_id": None}
+            )
             if cut and told and event["type"] == "content_block_delta":
                 cut -= 1
                 if not cut:
@@ -208,9 +225,7 @@ class StandIn:
             if "else" in wish:
                 wish["say"] = wish["else"]
             return self.stream(wish, [])
-        text = "".join(
-            e["delta"].get("text", "") for e in events(wish) if "delta" in e
-        )
+        text = "".join(e["delta"].get("text", "") for e in events(wish) if "delta" in e)
         usage = {"input_tokens": 10, "output_tokens": 5}
         message = {"model": "claude-mock-1", "usage": usage, "stop_reason": "end_turn"}
         message["content"] = [{"type": "text", "text": text}]
@@ -332,7 +347,9 @@ def violations(body):
             yield f"tools.name: {tool['name']}"
         if schema.get("type") != "object" or {"anyOf", "oneOf", "allOf"} & set(schema):
             yield f"tools.input_schema: {schema}"
-    marked = [b for m in messages for b in api_blocks(m)] + list(body.get("system") or [])
+    marked = [b for m in messages for b in api_blocks(m)] + list(
+        body.get("system") or []
+    )
     if sum("cache_control" in block for block in marked) > 4:
         yield "A maximum of 4 blocks with cache_control may be provided."
     if not messages or messages[0]["role"] != "user":
@@ -343,7 +360,10 @@ def violations(body):
         results = [b["tool_use_id"] for b in blocks if b["type"] == "tool_result"]
         if sorted(results) != sorted(calls):
             yield f"messages.{i}: tool_result {results} for tool_use {calls}"
-        if any(b["type"] == "text" and not b["text"].strip() for b in blocks) or not blocks:
+        if (
+            any(b["type"] == "text" and not b["text"].strip() for b in blocks)
+            or not blocks
+        ):
             yield f"messages.{i}: text content blocks must be non-empty"
         calls = [b["id"] for b in blocks if b["type"] == "tool_use"]
         if not all(re.fullmatch("[a-zA-Z0-9_-]+", call) for call in calls):
@@ -353,7 +373,8 @@ def violations(body):
         tail = messages[i + 1 :]
         last_loop = calls and all(
             any(b["type"] == "tool_result" for b in api_blocks(m))
-            for m in tail if m["role"] == "user"
+            for m in tail
+            if m["role"] == "user"
         )
         if thinking == "enabled" and last_loop and "thinking" not in blocks[0]["type"]:
             yield f"messages.{i}: Expected `thinking`, but found `{blocks[0]['type']}`"
@@ -418,7 +439,9 @@ class APIHandler(http.server.BaseHTTPRequestHandler):
         self.server.log.append({"body": body, "wrong": wrong, "usage": usage})
         users = [m for m in body["messages"] if m["role"] == "user"]
         texts = [b["text"] for b in api_blocks(users[-1]) if b["type"] == "text"]
-        wish = wishes(" ".join(t for t in texts if not t.startswith("<system-reminder>")))
+        wish = wishes(
+            " ".join(t for t in texts if not t.startswith("<system-reminder>"))
+        )
         if wrong or "status" in wish:
             status = 400 if wrong else int(wish["status"])
             kinds = {401: "authentication_error", 429: "rate_limit_error"}
@@ -426,12 +449,19 @@ class APIHandler(http.server.BaseHTTPRequestHandler):
             error = {"type": kind, "message": str(wrong or "mock failure")}
             return self.reply(status, {"type": "error", "error": error})
         names = [tool["name"] for tool in body.get("tools") or []]
-        told = list(events(wish, names, body["model"], usage)) if "gap_ms" not in wish else events(wish, names, body["model"], usage)
+        told = (
+            list(events(wish, names, body["model"], usage))
+            if "gap_ms" not in wish
+            else events(wish, names, body["model"], usage)
+        )
         if body.get("stream"):
             with contextlib.suppress(OSError):
                 self.stream(told, int(wish.get("cut") or 0))
             return
-        message = {**told[0]["message"], "stop_reason": told[-2]["delta"]["stop_reason"]}
+        message = {
+            **told[0]["message"],
+            "stop_reason": told[-2]["delta"]["stop_reason"],
+        }
         said = [e["delta"].get("text", "") for e in told if "delta" in e]
         message["content"] = [{"type": "text", "text": "".join(said)}]
         self.reply(200, message)
@@ -576,7 +606,9 @@ class Bench:
         argv += ["--include-partial-messages", "--model", "sonnet"]
         begun, first = time.perf_counter(), None
         pipe = subprocess.PIPE
-        with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=pipe, cwd=self.home) as cli:
+        with subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=pipe, cwd=self.home
+        ) as cli:
             for line in cli.stdout:
                 if b'"text_delta"' in line:
                     first = first or time.perf_counter() - begun
@@ -588,7 +620,9 @@ class Bench:
         spawn = proxy.Spawn("sonnet")
         argv, env = [self.claude, *proxy.arguments(spawn)], proxy.environment(spawn)
         pipe = subprocess.PIPE
-        with subprocess.Popen(argv, stdin=pipe, stdout=pipe, env=env, cwd=self.home) as cli:
+        with subprocess.Popen(
+            argv, stdin=pipe, stdout=pipe, env=env, cwd=self.home
+        ) as cli:
             time.sleep(2)
             lines = [proxy.initialize_line(proxy.Setup(f"system {time.time()}"))]
             turn = {"role": "user", "content": [{"type": "text", "text": "hi"}]}
@@ -629,7 +663,10 @@ class Bench:
 
     def cpu(self):
         """User and system seconds of the server."""
-        with contextlib.suppress(OSError), open(f"/proc/{self.server.pid}/stat") as stat:
+        with (
+            contextlib.suppress(OSError),
+            open(f"/proc/{self.server.pid}/stat") as stat,
+        ):
             fields = stat.read().rpartition(")")[2].split()
             return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
         out = subprocess.check_output(["ps", "-o", "time=", "-p", str(self.server.pid)])
@@ -641,7 +678,9 @@ class Bench:
         return int(out) / 1024
 
     def together(self, count):
-        threads = [threading.Thread(target=self.ask, args=(f"hi {i}",)) for i in range(count)]
+        threads = [
+            threading.Thread(target=self.ask, args=(f"hi {i}",)) for i in range(count)
+        ]
         begun = time.perf_counter()
         for thread in threads:
             thread.start()
@@ -667,17 +706,29 @@ class Bench:
 
         def row(name, seconds, limit=None, bare=None):
             ratios = [f"{seconds / x:6.2f}" if x else "      " for x in (bare, limit)]
-            print(f"{name:52} {seconds * 1000:7.0f} ms  {'  '.join(ratios)}", flush=True)
+            print(
+                f"{name:52} {seconds * 1000:7.0f} ms  {'  '.join(ratios)}", flush=True
+            )
             rows.append(seconds)
 
-        version = subprocess.check_output([self.claude, "--version"]).decode().split()[0]
-        print(f"Claude Code {version}, Python {sys.version.split()[0]}, {time.strftime('%Y-%m-%d')}, medians of {RUNS}")
+        version = (
+            subprocess.check_output([self.claude, "--version"]).decode().split()[0]
+        )
+        print(
+            f"Claude Code {version}, Python {sys.version.split()[0]}, "
+            f"{time.strftime('%Y-%m-%d')}, medians of {RUNS}"
+        )
         print(f"{'seconds to the first text':52} {'':10}  {'/ bare':>6}  {'/ up':>6}")
         self.bare()
         both = [self.bare() for _ in range(RUNS)]
         bare = self.median([first for first, _ in both])
         row("bare `claude -p`", bare, None, bare)
-        row("bare `claude -p`, in all", self.median([total for _, total in both]), None, bare)
+        row(
+            "bare `claude -p`, in all",
+            self.median([total for _, total in both]),
+            None,
+            bare,
+        )
         up = self.repeat(lambda n: self.by_hand())
         row("a CLI already up, fed by hand", up, up, bare)
         self.start_server("--spares", "0")
@@ -688,29 +739,65 @@ class Bench:
 
         def new(text):
             def measure(n):
-                system = {"role": "system", "content": text if text else f"system {time.time()}"}
+                system = {
+                    "role": "system",
+                    "content": text if text else f"system {time.time()}",
+                }
                 return self.ask([system, {"role": "user", "content": f"new {n}"}])[0]
+
             return measure
 
         row("new conversation, blank spare", self.repeat(new(None), 2.0), up, bare)
         new("same")(0), time.sleep(2), new("same")(0)
-        row("new conversation, initialized spare", self.repeat(new("same"), 2.0), up, bare)
+        row(
+            "new conversation, initialized spare",
+            self.repeat(new("same"), 2.0),
+            up,
+            bare,
+        )
         time.sleep(2)
-        row("same, not streamed, in all", self.repeat(lambda n: self.ask([{"role": "system", "content": "same"}, {"role": "user", "content": "x"}], stream=False)[1], 2.0), up, bare)
+        row(
+            "same, not streamed, in all",
+            self.repeat(
+                lambda n: self.ask(
+                    [
+                        {"role": "system", "content": "same"},
+                        {"role": "user", "content": "x"},
+                    ],
+                    stream=False,
+                )[1],
+                2.0,
+            ),
+            up,
+            bare,
+        )
         for depth in (1, 10, 100):
-            row(f"next turn of a conversation of {depth}", self.conversation(depth), up, bare)
+            row(
+                f"next turn of a conversation of {depth}",
+                self.conversation(depth),
+                up,
+                bare,
+            )
         tokens, before = 20000, self.cpu()
         first, total, _ = self.ask(f"mock:tokens={tokens}")
         used = (self.cpu() - before) / tokens * 1000
-        print(f"server CPU per 1,000 tokens {used * 1000:.1f} ms ({tokens / total:.0f} tokens/s); RSS {self.rss():.1f} MB")
+        print(
+            f"server CPU per 1,000 tokens {used * 1000:.1f} ms "
+            f"({tokens / total:.0f} tokens/s); RSS {self.rss():.1f} MB"
+        )
         time.sleep(2)
         paid, share, size = self.paid()
-        print(f"10 turns of 2,000 characters: {paid} input tokens paid for, {share:.0%} read from the cache; {size} bytes a request beside the text")
+        print(
+            f"10 turns of 2,000 characters: {paid} input tokens paid for, "
+            f"{share:.0%} read from the cache; {size} bytes a request beside the text"
+        )
         self.stop_server()
 
 
 if __name__ == "__main__":
-    named = sys.argv[sys.argv.index("--claude") + 1] if "--claude" in sys.argv else "claude"
+    named = (
+        sys.argv[sys.argv.index("--claude") + 1] if "--claude" in sys.argv else "claude"
+    )
     bench = Bench(shutil.which(named) or sys.exit("--bench needs a real `claude`."))
     try:
         bench.run()
@@ -884,9 +971,15 @@ def make(monkeypatch):
 
 def children(pid=None):
     """The child processes of a process, by default ours: pid -> command."""
-    out = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True)
+    out = subprocess.run(
+        ["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True
+    )
     rows = [line.split(None, 2) for line in out.stdout.splitlines()]
-    return {int(r[0]): r[2] for r in rows if r[1] == str(pid or os.getpid()) and "ps -A" not in r[2]}
+    return {
+        int(r[0]): r[2]
+        for r in rows
+        if r[1] == str(pid or os.getpid()) and "ps -A" not in r[2]
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -924,7 +1017,9 @@ def system(text):
 
 def ask_of(messages="hi", **parameters):
     messages = [user(messages)] if isinstance(messages, str) else messages
-    return proxy.parse_request({"model": "sonnet", "messages": messages, **parameters}, {})
+    return proxy.parse_request(
+        {"model": "sonnet", "messages": messages, **parameters}, {}
+    )
 
 
 def turns_of(*messages):
@@ -950,7 +1045,9 @@ def test_completion(server):
     assert reply.status == 200
     body = reply.json
     assert re.fullmatch("chatcmpl-[0-9a-f]{24}", body["id"])
-    assert body["object"] == "chat.completion" and abs(body["created"] - time.time()) < 60
+    assert (
+        body["object"] == "chat.completion" and abs(body["created"] - time.time()) < 60
+    )
     assert body["model"] == "claude-sonnet-mock"
     message = {"role": "assistant", "content": "tok0 tok1 ", "refusal": None}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
@@ -981,15 +1078,23 @@ def test_include_usage(server):
 
 def test_streamed_tokens_leave_as_they_come(server):
     with server.connect() as connection:
-        body = json.dumps({"model": "opus", "stream": True, "messages": [user("mock:tokens=2 mock:gap_ms=600000")]})
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        body = json.dumps(
+            {
+                "model": "opus",
+                "stream": True,
+                "messages": [user("mock:tokens=2 mock:gap_ms=600000")],
+            }
+        )
+        head = POST + b"Content-Length: %d\r\n\r\n" % len(body)
         connection.sendall((head + body).encode())
         seen = b""
         while b"tok0" not in seen:  # the second comes in ten minutes
             seen += connection.recv(65536)
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/models", "/v1/models/", "/models?x=1"])
+@pytest.mark.parametrize(
+    "path", ["/v1/models", "/models", "/v1/models/", "/models?x=1"]
+)
 def test_models(server, path):
     body = server.request("GET", path).json
     assert body["object"] == "list"
@@ -997,7 +1102,9 @@ def test_models(server, path):
     assert {m["object"] for m in body["data"]} == {"model"}
 
 
-@pytest.mark.parametrize("name", ["claude-opus-4", "sonnet", "claude-opus-4-1", "openai/haiku"])
+@pytest.mark.parametrize(
+    "name", ["claude-opus-4", "sonnet", "claude-opus-4-1", "openai/haiku"]
+)
 def test_model(server, name):
     assert server.request("GET", f"/v1/models/{name}").json["id"] == name
 
@@ -1010,11 +1117,20 @@ def test_model_unknown(server):
 def test_health(server):
     body = server.request("GET", "/health").json
     assert body["status"] == "ok" and body["version"] == proxy.__version__
-    assert body["claude"]["version"] == "2.1.330" and body["claude"]["logged_in"] is True
+    assert (
+        body["claude"]["version"] == "2.1.330" and body["claude"]["logged_in"] is True
+    )
     assert body["active"] == 0 and body["uptime"] >= 0
 
 
-@pytest.mark.parametrize("path", ["/chat/completions", "/v1/chat/completions/", "/v1/chat/completions?api-version=1"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/chat/completions",
+        "/v1/chat/completions/",
+        "/v1/chat/completions?api-version=1",
+    ],
+)
 def test_paths_of_chat(server, path):
     assert server.post({"model": "sonnet", "messages": [user("x")]}, path).status == 200
 
@@ -1039,14 +1155,17 @@ def test_keep_alive_serves_one_request_after_another(server):
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
     with contextlib.closing(connection):
         for stream in (False, True, False):
-            body = json.dumps({"model": "sonnet", "stream": stream, "messages": [user("x")]})
+            body = json.dumps(
+                {"model": "sonnet", "stream": stream, "messages": [user("x")]}
+            )
             connection.request("POST", "/v1/chat/completions", body)
             assert Result(connection.getresponse()).content == "You said: x "
 
 
 def test_http_1_0_gets_no_chunked_body(server):
     body = json.dumps({"model": "sonnet", "stream": True, "messages": [user("x")]})
-    request = f"POST /v1/chat/completions HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+    head = "POST /v1/chat/completions HTTP/1.0\r\n"
+    request = f"{head}Content-Length: {len(body)}\r\n\r\n{body}"
     with server.connect() as connection:
         connection.sendall(request.encode())
         reply = b"".join(iter(lambda: connection.recv(65536), b""))
@@ -1074,7 +1193,20 @@ def test_model_names(name, cli):
     assert proxy.cli_model(name) == cli
 
 
-@pytest.mark.parametrize("name", ["gpt-4o", "", "-p", "claude-x y", "claude-\n", "claude-;ls", "--model", "x/", "claude-" + "x" * 200])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt-4o",
+        "",
+        "-p",
+        "claude-x y",
+        "claude-\n",
+        "claude-;ls",
+        "--model",
+        "x/",
+        "claude-" + "x" * 200,
+    ],
+)
 def test_model_names_refused(name):
     error = refused(model=name)
     assert error["status"] == 404 and error["code"] == "model_not_found"
@@ -1095,17 +1227,26 @@ def test_each_parameter_has_its_types(name):
     assert error["code"] == "invalid_type"
 
 
-@pytest.mark.parametrize("name", [n for n, p in proxy.PARAMETERS.items() if p.use == proxy.IGNORED])
+@pytest.mark.parametrize(
+    "name", [n for n, p in proxy.PARAMETERS.items() if p.use == proxy.IGNORED]
+)
 def test_ignored_parameters_change_nothing(name):
     value = RIGHT[proxy.PARAMETERS[name].kinds[0]]
     assert ask_of(**{name: value}) == ask_of() == ask_of(**{name: None}, unheard_of=1)
 
 
-REFUSED = {"logprobs": True, "top_logprobs": 2, "modalities": ["text", "audio"], "audio": {}}
+REFUSED = {
+    "logprobs": True,
+    "top_logprobs": 2,
+    "modalities": ["text", "audio"],
+    "audio": {},
+}
 REFUSED.update(functions=[{}], function_call="auto", web_search_options={})
 
 
-@pytest.mark.parametrize("name", [n for n, p in proxy.PARAMETERS.items() if p.use == proxy.REFUSED])
+@pytest.mark.parametrize(
+    "name", [n for n, p in proxy.PARAMETERS.items() if p.use == proxy.REFUSED]
+)
 def test_refused_parameters(name):
     error = refused(**{name: REFUSED[name]})
     assert (error["status"], error["param"]) == (400, name)
@@ -1122,7 +1263,21 @@ def test_required_parameters(name):
         proxy.parse_request(body, {})
 
 
-@pytest.mark.parametrize("body", ["[]", "5", '"x"', "null", "{", "", "{'a':1}", '{"a":NaN}', "[" * 100000, '{"a":"\xff"}'.encode("latin-1")])
+@pytest.mark.parametrize(
+    "body",
+    [
+        "[]",
+        "5",
+        '"x"',
+        "null",
+        "{",
+        "",
+        "{'a':1}",
+        '{"a":NaN}',
+        "[" * 100000,
+        '{"a":"\xff"}'.encode("latin-1"),
+    ],
+)
 def test_bodies_that_are_no_request(server, body):
     reply = server.post(body)
     assert reply.status == 400 and reply.error["type"] == "invalid_request_error"
@@ -1139,7 +1294,8 @@ WHOLE = {
     "tool_choice": {"type": "function", "function": {"name": "f"}},
     "tools": [{"type": "function", "function": {
         "name": "f", "description": "d", "strict": True, "parameters": {
-            "type": "object", "required": ["a"], "properties": {"a": {"type": "string"}},
+            "type": "object", "required": ["a"],
+            "properties": {"a": {"type": "string"}},
         }}}],
     "response_format": {"type": "json_schema", "json_schema": {
         "name": "n", "strict": True, "schema": {
@@ -1153,7 +1309,8 @@ WHOLE = {
             {"type": "file", "file": {"filename": "a", "file_data": "AAAA"}},
         ]},
         {"role": "assistant", "content": "c", "refusal": None, "tool_calls": [
-            {"id": "i", "type": "function", "function": {"name": "f", "arguments": "{}"}},
+            {"id": "i", "type": "function",
+             "function": {"name": "f", "arguments": "{}"}},
         ]},
         {"role": "tool", "tool_call_id": "i", "content": "r"},
     ],
@@ -1178,18 +1335,32 @@ TAKEN = {
     "messages[].tool_calls[].type": "*",
     "messages[].tool_calls[].function.arguments": "n",
 }  # fmt: skip
-OPTIONAL = "stream stream_options stream_options.include_usage max_tokens n seed user".split()
+OPTIONAL = (
+    "stream stream_options stream_options.include_usage max_tokens n seed user".split()
+)
 OPTIONAL += "max_completion_tokens parallel_tool_calls reasoning_effort store".split()
 TAKEN.update(dict.fromkeys([*OPTIONAL, "logit_bias", "metadata"], "n"))
 # (The call after `messages[].tool_calls: null` is answered, but was not made.)
 SAMPLES = {"n": None, "b": True, "i": 7, "f": 1.5, "s": "https://x", "l": [[]], "d": {}}
-TYPES = {bool: "b", int: "i", float: "f", str: "s", list: "l", dict: "d", type(None): "n"}
+TYPES = {
+    bool: "b",
+    int: "i",
+    float: "f",
+    str: "s",
+    list: "l",
+    dict: "d",
+    type(None): "n",
+}
 
 
 def places(value, path=()):
     """The paths of all values in a JSON value, its own first."""
     yield path
-    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    pairs = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value) if isinstance(value, list) else ()
+    )
     for key, inner in pairs:
         yield from places(inner, (*path, key))
 
@@ -1201,7 +1372,10 @@ def at(value, path):
 
 
 def written(path, index="[%d]"):
-    text = "".join(index.replace("%d", str(key)) if isinstance(key, int) else "." + key for key in path)
+    text = "".join(
+        index.replace("%d", str(key)) if isinstance(key, int) else "." + key
+        for key in path
+    )
     return text.lstrip(".")
 
 
@@ -1221,14 +1395,18 @@ def test_wrong_types_are_refused_at_every_place(path):
 
 
 def test_odd_numbers_and_keys(server):
-    body = '{"model":"x","model":"sonnet","messages":[{"role":"user","content":"x"}],%s}'
+    body = (
+        '{"model":"x","model":"sonnet","messages":[{"role":"user","content":"x"}],%s}'
+    )
     assert server.post(body % '"user":"u"').status == 200  # the last one counts
     assert server.post(body % '"temperature":1e999').status == 400
     assert server.post(body % ('"max_tokens":' + "9" * 400)).status == 400
     assert server.post(body % ('"max_tokens":' + "9" * 9999)).status == 400
     assert server.post(body % ('"seed":' + "9" * 400)).status == 200
     assert server.post(body % ('"metadata":' + "[" * 10000 + "]" * 10000)).status == 400
-    reply = server.post((body % '"user":"u"').replace('"content":"x"', '"content":"a\\ud800b"'))
+    reply = server.post(
+        (body % '"user":"u"').replace('"content":"x"', '"content":"a\\ud800b"')
+    )
     assert reply.content == "You said: a\ufffdb "
 
 
@@ -1242,7 +1420,9 @@ def test_max_tokens(server):
     assert refused(max_tokens=0)["param"] == "max_tokens"
 
 
-@pytest.mark.parametrize("effort, flag", [("minimal", "low"), ("low", "low"), ("max", "max")])
+@pytest.mark.parametrize(
+    "effort, flag", [("minimal", "low"), ("low", "low"), ("max", "max")]
+)
 def test_reasoning_effort(server, effort, flag):
     argv = server.told("x", reasoning_effort=effort)["argv"]
     assert argv[argv.index("--effort") + 1] == flag
@@ -1259,25 +1439,52 @@ def test_reasoning_effort_none(server):
 
 
 def test_head_system_texts_are_the_system_prompt():
-    ask = ask_of([system("a"), {"role": "developer", "content": text_blocks("b")}, user("c")])
+    ask = ask_of(
+        [system("a"), {"role": "developer", "content": text_blocks("b")}, user("c")]
+    )
     assert ask.setup.system == "a\n\nb" and len(ask.turns) == 1
 
 
 @pytest.mark.parametrize(
     "messages, turns",
     [
-        ([user("a"), assistant("b"), user("c")], [("user", ["a"]), ("assistant", ["b"]), ("user", ["c"])]),
+        (
+            [user("a"), assistant("b"), user("c")],
+            [("user", ["a"]), ("assistant", ["b"]), ("user", ["c"])],
+        ),
         ([user("a"), user("b")], [("user", ["a", "b"])]),
-        ([user("a"), assistant("b"), assistant("c"), user("d")], [("user", ["a"]), ("assistant", ["b", "c"]), ("user", ["d"])]),
+        (
+            [user("a"), assistant("b"), assistant("c"), user("d")],
+            [("user", ["a"]), ("assistant", ["b", "c"]), ("user", ["d"])],
+        ),
         ([user(text_blocks("a", "", " \n", "b"))], [("user", ["a", "b"])]),
         ([user("a"), assistant(""), user("b")], [("user", ["a", "b"])]),
-        ([assistant("a"), user("b")], [("user", ["Begin."]), ("assistant", ["a"]), ("user", ["b"])]),
-        ([user("a"), assistant("b")], [("user", ["a"]), ("assistant", ["b"]), ("user", ["Continue."])]),
-        ([user("a"), system("be nice"), user("b")], [("user", ["a", "<system>\nbe nice\n</system>", "b"])]),
+        (
+            [assistant("a"), user("b")],
+            [("user", ["Begin."]), ("assistant", ["a"]), ("user", ["b"])],
+        ),
+        (
+            [user("a"), assistant("b")],
+            [("user", ["a"]), ("assistant", ["b"]), ("user", ["Continue."])],
+        ),
+        (
+            [user("a"), system("be nice"), user("b")],
+            [("user", ["a", "<system>\nbe nice\n</system>", "b"])],
+        ),
         ([user(["a", "b"])], [("user", ["a", "b"])]),
         ([system("a")], [("user", ["Begin."])]),
         ([user("")], [("user", ["Begin."])]),
-        ([user("a"), {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}, user("b")], [("user", ["a"]), ("assistant", ["no"]), ("user", ["b"])]),
+        (
+            [
+                user("a"),
+                {
+                    "role": "assistant",
+                    "content": [{"type": "refusal", "refusal": "no"}],
+                },
+                user("b"),
+            ],
+            [("user", ["a"]), ("assistant", ["no"]), ("user", ["b"])],
+        ),
     ],
 )
 def test_turns(messages, turns):
@@ -1294,13 +1501,25 @@ def test_turns(messages, turns):
         ({"role": "user", "content": 5}, "messages[0].content"),
         ({"role": "user", "content": [5]}, "messages[0].content[0]"),
         ({"role": "user", "content": [{}]}, "messages[0].content[0].type"),
-        ({"role": "user", "content": [{"type": "text"}]}, "messages[0].content[0].text"),
-        ({"role": "user", "content": [{"type": "input_audio"}]}, "messages[0].content[0]"),
-        ({"role": "system", "content": [{"type": "image_url"}]}, "messages[0].content[0]"),
+        (
+            {"role": "user", "content": [{"type": "text"}]},
+            "messages[0].content[0].text",
+        ),
+        (
+            {"role": "user", "content": [{"type": "input_audio"}]},
+            "messages[0].content[0]",
+        ),
+        (
+            {"role": "system", "content": [{"type": "image_url"}]},
+            "messages[0].content[0]",
+        ),
         ({"role": "assistant", "audio": {"id": "a"}}, "messages[0].audio"),
         ({"role": "assistant", "tool_calls": 5}, "messages[0].tool_calls"),
         ({"role": "assistant", "tool_calls": [5]}, "messages[0].tool_calls[0]"),
-        ({"role": "assistant", "tool_calls": [{"id": "a"}]}, "messages[0].tool_calls[0].function"),
+        (
+            {"role": "assistant", "tool_calls": [{"id": "a"}]},
+            "messages[0].tool_calls[0].function",
+        ),
         ({"role": "tool", "content": "x"}, "messages[0].tool_call_id"),
     ],
 )
@@ -1310,7 +1529,9 @@ def test_messages_refused(message, param):
 
 
 def test_history_reaches_the_cli_turn_for_turn(server):
-    told = server.told([system("s"), user("a"), assistant("b"), user("c"), assistant("d")])
+    told = server.told(
+        [system("s"), user("a"), assistant("b"), user("c"), assistant("d")]
+    )
     assert told["initialize"]["systemPrompt"] == ["s"]
     assert [(t["role"], t["content"]) for t in told["turns"][:-1]] == [
         ("user", text_blocks("a")),
@@ -1318,15 +1539,27 @@ def test_history_reaches_the_cli_turn_for_turn(server):
         ("user", text_blocks("c")),
         ("assistant", text_blocks("d")),
     ]
-    assert [line.get("shouldQuery") for line in told["lines"]] == [False, None, False, None, None]
+    assert [line.get("shouldQuery") for line in told["lines"]] == [
+        False,
+        None,
+        False,
+        None,
+        None,
+    ]
     ids = [t["id"] for t in told["turns"] if t["role"] == "assistant"]
     assert len(set(ids)) == 2
     marked = told["turns"][-1]["content"][-1]
-    assert marked == {"type": "text", "text": "mock:show", "cache_control": proxy.CACHE_MARK}
+    assert marked == {
+        "type": "text",
+        "text": "mock:show",
+        "cache_control": proxy.CACHE_MARK,
+    }
 
 
 def test_nothing_of_a_request_is_in_argv(server):
-    told = server.told([system("SECRET"), user("SECRET"), assistant("SECRET")], user="SECRET")
+    told = server.told(
+        [system("SECRET"), user("SECRET"), assistant("SECRET")], user="SECRET"
+    )
     assert "SECRET" not in json.dumps([told["argv"], told["env"]])
     assert told["argv"][:3] == ["-p", "--input-format", "stream-json"]
 
@@ -1364,7 +1597,9 @@ def test_typed_commands_are_text(text, old, new):
     content = text_blocks("first", text)
     assert proxy.untyped(content, (2, 1, 197)) == text_blocks("first", *old)
     assert proxy.untyped(content, (2, 1, 330)) == text_blocks("first", *new)
-    assert proxy.turn_line({"role": "user", "content": content}, 0, (2, 1, 330))["text_not_typed"]
+    assert proxy.turn_line({"role": "user", "content": content}, 0, (2, 1, 330))[
+        "text_not_typed"
+    ]
 
 
 def test_long_prompts(server):
@@ -1377,7 +1612,8 @@ def test_unicode(server):
     text = "emoji 😀 nul \x00 crlf \r\n sep \u2028 end"
     told = server.told([user(text), assistant("ok")])
     assert told["turns"][0]["content"][0]["text"] == text
-    body = r'{"model":"opus","messages":[{"role":"user","content":"a\ud800b \ud83d\ude00"}]}'
+    text = r'"a\ud800b \ud83d\ude00"'
+    body = '{"model":"opus","messages":[{"role":"user","content":%s}]}' % text
     assert server.post(body).content == "You said: a\ufffdb 😀 "
 
 
@@ -1388,7 +1624,9 @@ REASONS = {**proxy.FINISH_REASONS, "new_reason": "stop"}
 del REASONS["tool_use"]
 
 
-@pytest.mark.parametrize("stream, reason, finish", [(i % 2 > 0, *r) for i, r in enumerate(REASONS.items())])
+@pytest.mark.parametrize(
+    "stream, reason, finish", [(i % 2 > 0, *r) for i, r in enumerate(REASONS.items())]
+)
 def test_finish_reasons(server, stream, reason, finish):
     reply = server.chat(f"mock:stop={reason} mock:tokens=1", stream=stream)
     assert reply.finish == finish
@@ -1429,7 +1667,9 @@ def test_a_split_emoji_is_joined(server):
 
 def test_usage_counts_what_was_cached():
     usage = {"input_tokens": 1, "cache_read_input_tokens": 20, "output_tokens": 5}
-    usage.update(cache_creation_input_tokens=300, output_tokens_details={"thinking_tokens": 4})
+    usage.update(
+        cache_creation_input_tokens=300, output_tokens_details={"thinking_tokens": 4}
+    )
     answer = proxy.Answer(ask_of())
     answer.count({"output_tokens": 1})
     answer.count({**usage, "input_tokens": 1001})
@@ -1449,7 +1689,9 @@ STATUSES = [(400, 400), (401, 401), (403, 403), (404, 404), (413, 413), (429, 42
 STATUSES += [(500, 502), (503, 503), (504, 504), (529, 503), (418, 502)]
 
 
-@pytest.mark.parametrize("stream, api, ours", [(i % 2 > 0, *s) for i, s in enumerate(STATUSES)])
+@pytest.mark.parametrize(
+    "stream, api, ours", [(i % 2 > 0, *s) for i, s in enumerate(STATUSES)]
+)
 def test_failures_have_their_status(server, stream, api, ours):
     reply = server.chat(f"mock:status={api}", stream=stream)
     assert reply.status == ours
@@ -1526,7 +1768,9 @@ def test_a_silent_stream_is_kept_alive(server, monkeypatch):
     assert reply.content == "tok0 "
 
 
-@pytest.mark.parametrize("wish", ["mock:line=5000000", "mock:stderr=2000000", "mock:halves"])
+@pytest.mark.parametrize(
+    "wish", ["mock:line=5000000", "mock:stderr=2000000", "mock:halves"]
+)
 def test_much_noise_is_no_fault(server, wish):
     assert server.chat(wish).content == "tok0 tok1 tok2 tok3 tok4 "
 
@@ -1555,7 +1799,9 @@ def test_a_client_that_leaves_ends_its_cli(server, stream, wish):
 
 
 def test_a_stubborn_cli_and_its_children_are_killed(server):
-    with send_request(server.port, "mock:stubborn mock:child mock:gap_ms=60000", True) as connection:
+    with send_request(
+        server.port, "mock:stubborn mock:child mock:gap_ms=60000", True
+    ) as connection:
         child = child_of(connection)
     until(lambda: gone(child), 3)
     until(server.quiet, 3)
@@ -1563,7 +1809,9 @@ def test_a_stubborn_cli_and_its_children_are_killed(server):
 
 def gone(pid):
     """Whether no such process runs (a zombie of someone else's counts as gone)."""
-    out = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
+    out = subprocess.run(
+        ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True
+    )
     return out.stdout.strip()[:1] in ("", "Z")
 
 
@@ -1595,7 +1843,10 @@ def test_a_full_queue_is_429(make, monkeypatch):
 
 
 def tool(name="get_weather", description="Weather of a city", parameters=None):
-    parameters = parameters or {"type": "object", "properties": {"city": {"type": "string"}}}
+    parameters = parameters or {
+        "type": "object",
+        "properties": {"city": {"type": "string"}},
+    }
     function = {"name": name, "description": description, "parameters": parameters}
     return {"type": "function", "function": function}
 
@@ -1625,14 +1876,21 @@ def test_tool_calls(server, stream):
 
 
 def test_streamed_tool_calls_are_name_first_then_arguments(server):
-    reply = server.chat("mock:tool=get_weather mock:notext", tools=[tool()], stream=True)
+    reply = server.chat(
+        "mock:tool=get_weather mock:notext", tools=[tool()], stream=True
+    )
     deltas = [c["choices"][0]["delta"].get("tool_calls") for c in reply.chunks]
     parts = [delta[0] for delta in deltas if delta]
     assert parts[0]["id"].startswith("toolu_") and parts[0]["type"] == "function"
     assert parts[0]["function"] == {"name": "get_weather", "arguments": ""}
-    assert all(set(p) == {"index", "function"} and set(p["function"]) == {"arguments"} for p in parts[1:])
+    assert all(
+        set(p) == {"index", "function"} and set(p["function"]) == {"arguments"}
+        for p in parts[1:]
+    )
     assert len(parts) > 2 and {p["index"] for p in parts} == {0}
-    assert server.chat("mock:tool=get_weather mock:notext", tools=[tool()]).content is None
+    assert (
+        server.chat("mock:tool=get_weather mock:notext", tools=[tool()]).content is None
+    )
 
 
 def test_a_call_without_arguments_has_an_empty_object(server):
@@ -1652,13 +1910,23 @@ def test_tools_reach_the_cli(server):
 
 
 def test_history_of_calls():
-    messages = [user("a"), calling(call(), call(id="call_2"), content="b"), tool_result(), tool_result("rain", "call_2"), user("c")]
+    messages = [
+        user("a"),
+        calling(call(), call(id="call_2"), content="b"),
+        tool_result(),
+        tool_result("rain", "call_2"),
+        user("c"),
+    ]
     use = {"type": "tool_use", "name": "get_weather", "input": {"city": "Paris"}}
     result = {"type": "tool_result", "tool_use_id": "call_1", "content": "sunny"}
     assert [t["content"] for t in ask_of(messages, tools=[tool()]).turns] == [
         text_blocks("a"),
         [*text_blocks("b"), {**use, "id": "call_1"}, {**use, "id": "call_2"}],
-        [result, {**result, "tool_use_id": "call_2", "content": "rain"}, *text_blocks("c")],
+        [
+            result,
+            {**result, "tool_use_id": "call_2", "content": "rain"},
+            *text_blocks("c"),
+        ],
     ]
 
 
@@ -1669,7 +1937,10 @@ def test_history_of_calls():
         (None, None),
         (text_blocks("a", "b"), text_blocks("a", "b")),
         (text_blocks("a"), "a"),
-        ([{"type": "image_url", "image_url": {"url": "https://x/y.png"}}], [{"type": "image", "source": {"type": "url", "url": "https://x/y.png"}}]),
+        (
+            [{"type": "image_url", "image_url": {"url": "https://x/y.png"}}],
+            [{"type": "image", "source": {"type": "url", "url": "https://x/y.png"}}],
+        ),
     ],
 )
 def test_tool_results(content, blocks):
@@ -1683,9 +1954,18 @@ def test_tool_results(content, blocks):
         ([user("a"), tool_result()], "messages[1].tool_call_id"),
         ([user("a"), calling(call()), user("b")], "messages[1].tool_calls[0].function"),
         ([user("a"), calling(call())], "messages[1].tool_calls[0].function"),
-        ([user("a"), calling(call()), tool_result(id="other")], "messages[2].tool_call_id"),
-        ([user("a"), calling(call()), tool_result(), tool_result()], "messages[3].tool_call_id"),
-        ([user("a"), calling(call(), call()), tool_result()], "messages[1].tool_calls[1].function"),
+        (
+            [user("a"), calling(call()), tool_result(id="other")],
+            "messages[2].tool_call_id",
+        ),
+        (
+            [user("a"), calling(call()), tool_result(), tool_result()],
+            "messages[3].tool_call_id",
+        ),
+        (
+            [user("a"), calling(call(), call()), tool_result()],
+            "messages[1].tool_calls[1].function",
+        ),
     ],
 )
 def test_calls_and_results_must_match(messages, param):
@@ -1693,7 +1973,16 @@ def test_calls_and_results_must_match(messages, param):
     assert (error["status"], error["param"]) == (400, param)
 
 
-@pytest.mark.parametrize("arguments, value", [("", {}), ("{}", {}), ('{"a":1}', {"a": 1}), ('{"a', {"arguments": '{"a'}), ("5", {"arguments": "5"})])
+@pytest.mark.parametrize(
+    "arguments, value",
+    [
+        ("", {}),
+        ("{}", {}),
+        ('{"a":1}', {"a": 1}),
+        ('{"a', {"arguments": '{"a'}),
+        ("5", {"arguments": "5"}),
+    ],
+)
 def test_arguments_become_an_object(arguments, value):
     assert proxy.parse_arguments_of_call(arguments) == value
 
@@ -1703,12 +1992,17 @@ def test_names_and_ids_that_the_api_refuses(server):
     wish = f"mock:tool={proxy.api_name(odd)}"
     reply = server.chat(wish, tools=[tool(odd), tool("plain")])
     assert reply.message["tool_calls"][0]["function"]["name"] == odd
-    ask = ask_of([user("a"), calling(call(odd, id=id)), tool_result(id=id)], tools=[tool(odd)])
+    ask = ask_of(
+        [user("a"), calling(call(odd, id=id)), tool_result(id=id)], tools=[tool(odd)]
+    )
     use, result = ask.turns[1]["content"][0], ask.turns[2]["content"][0]
     assert use["name"] == ask.setup.tools[0]["name"] == proxy.api_name(odd)
     assert use["id"] == result["tool_use_id"] == proxy.api_name(id)
     assert proxy.API_NAME.fullmatch(use["name"]) and proxy.API_NAME.fullmatch(use["id"])
-    assert proxy.api_name("Bash") == "Bash" and proxy.api_name("ToolSearch") != "ToolSearch"
+    assert (
+        proxy.api_name("Bash") == "Bash"
+        and proxy.api_name("ToolSearch") != "ToolSearch"
+    )
     assert proxy.api_name("a.b") != proxy.api_name("a:b")
 
 
@@ -1720,18 +2014,26 @@ def test_names_and_ids_that_the_api_refuses(server):
         ("auto", False, {"type": "auto", "disable_parallel_tool_use": True}),
         ("none", False, {"type": "none"}),
         ("required", None, {"type": "any"}),
-        ({"type": "function", "function": {"name": "get_weather"}}, False, {"type": "tool", "name": "get_weather", "disable_parallel_tool_use": True}),
+        (
+            {"type": "function", "function": {"name": "get_weather"}},
+            False,
+            {"type": "tool", "name": "get_weather", "disable_parallel_tool_use": True},
+        ),
     ],
 )
 def test_tool_choice(choice, parallel, native):
-    spawn = ask_of(tools=[tool()], tool_choice=choice, parallel_tool_calls=parallel).spawn
+    spawn = ask_of(
+        tools=[tool()], tool_choice=choice, parallel_tool_calls=parallel
+    ).spawn
     assert json.loads(spawn.tool_choice or "{}") == native
     assert spawn.thinking == (native.get("type") not in ("any", "tool"))
 
 
 def test_tool_choice_reaches_the_cli(server):
     told = server.told("x", tools=[tool()], tool_choice="required")
-    assert json.loads(told["env"]["CLAUDE_CODE_EXTRA_BODY"]) == {"tool_choice": {"type": "any"}}
+    assert json.loads(told["env"]["CLAUDE_CODE_EXTRA_BODY"]) == {
+        "tool_choice": {"type": "any"}
+    }
     assert told["env"]["CLAUDE_CODE_DISABLE_THINKING"] == "1"
 
 
@@ -1744,15 +2046,39 @@ def test_tool_choice_reaches_the_cli(server):
         ({"tools": [{"function": {}}]}, "tools[0].function.name"),
         ({"tools": [tool("")]}, "tools[0].function.name"),
         ({"tools": [tool(), tool()]}, "tools[1].function.name"),
-        ({"tools": [tool(parameters={"type": "array"})]}, "tools[0].function.parameters"),
-        ({"tools": [tool(parameters={"properties": []})]}, "tools[0].function.parameters.properties"),
-        ({"tools": [tool(parameters={"properties": {"a": 5}})]}, "tools[0].function.parameters.properties.a"),
-        ({"tools": [tool(parameters={"required": [5]})]}, "tools[0].function.parameters.required"),
-        ({"tools": [tool(parameters={"anyOf": 5})]}, "tools[0].function.parameters.anyOf"),
-        ({"tools": [tool(parameters={"anyOf": [5]})]}, "tools[0].function.parameters.anyOf[0]"),
+        (
+            {"tools": [tool(parameters={"type": "array"})]},
+            "tools[0].function.parameters",
+        ),
+        (
+            {"tools": [tool(parameters={"properties": []})]},
+            "tools[0].function.parameters.properties",
+        ),
+        (
+            {"tools": [tool(parameters={"properties": {"a": 5}})]},
+            "tools[0].function.parameters.properties.a",
+        ),
+        (
+            {"tools": [tool(parameters={"required": [5]})]},
+            "tools[0].function.parameters.required",
+        ),
+        (
+            {"tools": [tool(parameters={"anyOf": 5})]},
+            "tools[0].function.parameters.anyOf",
+        ),
+        (
+            {"tools": [tool(parameters={"anyOf": [5]})]},
+            "tools[0].function.parameters.anyOf[0]",
+        ),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [tool()], "tool_choice": "sometimes"}, "tool_choice"),
-        ({"tools": [tool()], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice"),
+        (
+            {
+                "tools": [tool()],
+                "tool_choice": {"type": "function", "function": {"name": "x"}},
+            },
+            "tool_choice",
+        ),
     ],
 )
 def test_tools_refused(parameters, param):
@@ -1764,11 +2090,17 @@ def test_schemas_are_made_acceptable():
     fix = lambda schema: proxy.object_schema(schema, "x")  # noqa: E731
     assert fix({}) == {"type": "object"}
     assert fix({"type": ["object", "null"]}) == {"type": "object"}
-    assert fix({"properties": {"a": True, "b": False}})["properties"] == {"a": {}, "b": {"not": {}}}
+    assert fix({"properties": {"a": True, "b": False}})["properties"] == {
+        "a": {},
+        "b": {"not": {}},
+    }
     branches = [{"properties": {"a": {"type": "string"}}}, {"properties": {"b": {}}}]
     fixed = fix({"anyOf": branches, "description": "d", "$defs": {"x": {}}})
     assert fixed["properties"] == {"a": {"type": "string"}, "b": {}}
-    assert fixed["description"].startswith("d\n") and json.dumps(branches) in fixed["description"]
+    assert (
+        fixed["description"].startswith("d\n")
+        and json.dumps(branches) in fixed["description"]
+    )
     assert "anyOf" not in fixed and fixed["$defs"] == {"x": {}}
 
 
@@ -1785,14 +2117,20 @@ def test_schemas_are_made_acceptable():
     ],
 )
 def test_schemas_of_older_drafts(old, new):
-    assert proxy.object_schema({"properties": {"p": old}}, "x")["properties"]["p"] == new
+    assert (
+        proxy.object_schema({"properties": {"p": old}}, "x")["properties"]["p"] == new
+    )
 
 
 def test_a_deep_schema_is_a_bad_request(server):
     schema = {}
     for _ in range(400):
         schema = {"properties": {"a": schema, "type": {}}}
-    body = {"model": "opus", "messages": [user("x")], "tools": [tool(parameters=schema)]}
+    body = {
+        "model": "opus",
+        "messages": [user("x")],
+        "tools": [tool(parameters=schema)],
+    }
     assert server.post(body).status in (200, 400)
     assert refused(tools=[tool(parameters={"type": [{}]})])["status"] == 400
     odd = ask_of(tools=[tool(parameters={"properties": {"a": {"type": [{}]}}})])
@@ -1826,16 +2164,31 @@ def test_thinking_comes_back_in_a_tool_loop(make):
     first = one.chat(wish, model="claude-haiku-4-5", tools=[tool()])
     asked = first.message["tool_calls"][0]
     history = [user("x"), first.message, tool_result(id=asked["id"])]
-    reply = one.chat([*history, user("mock:show")], model="claude-haiku-4-5", tools=[tool()])
+    reply = one.chat(
+        [*history, user("mock:show")], model="claude-haiku-4-5", tools=[tool()]
+    )
     told = json.loads(reply.content)
     assert told["turns"][1]["content"][0] == SIGNED
     assert told["turns"][1]["model"] == "claude-claude-haiku-4-5-mock"
     assert "CLAUDE_CODE_DISABLE_THINKING" not in told["env"]
     told = json.loads(one.chat([*history, user("mock:show")], tools=[tool()]).content)
-    assert told["turns"][1]["content"][0]["type"] == "text"  # another model can't use it
+    assert (
+        told["turns"][1]["content"][0]["type"] == "text"
+    )  # another model can't use it
 
 
-@pytest.mark.parametrize("model, thinking", [("haiku", False), ("claude-sonnet-4-5", False), ("claude-opus-4-1", False), ("claude-sonnet-4-20250514", False), ("sonnet", True), ("claude-opus-4-7", True), ("claude-sonnet-5-5", True)])
+@pytest.mark.parametrize(
+    "model, thinking",
+    [
+        ("haiku", False),
+        ("claude-sonnet-4-5", False),
+        ("claude-opus-4-1", False),
+        ("claude-sonnet-4-20250514", False),
+        ("sonnet", True),
+        ("claude-opus-4-7", True),
+        ("claude-sonnet-5-5", True),
+    ],
+)
 def test_unknown_thinking_in_a_tool_loop_turns_it_off_where_it_must(model, thinking):
     loop = [user("a"), calling(call()), tool_result()]
     assert ask_of(loop, model=model, tools=[tool()]).spawn.thinking is thinking
@@ -1873,13 +2226,41 @@ BASE64 = {"type": "base64", "data": PNG}
 @pytest.mark.parametrize(
     "part, block",
     [
-        (image(data_url("image/png")), {"type": "image", "source": {**BASE64, "media_type": "image/png"}}),
-        (image(data_url("image/jpg")), {"type": "image", "source": {**BASE64, "media_type": "image/jpeg"}}),
-        (image("http://x/y"), {"type": "image", "source": {"type": "url", "url": "http://x/y"}}),
-        ({"type": "image_url", "image_url": "https://x/y"}, {"type": "image", "source": {"type": "url", "url": "https://x/y"}}),
-        (file(data_url("application/pdf"), filename="a.pdf"), {"type": "document", "source": {**BASE64, "media_type": "application/pdf"}, "title": "a.pdf"}),
-        (file(PNG), {"type": "document", "source": {**BASE64, "media_type": "application/pdf"}}),
-        (file(data_url("text/csv", "YSxi")), {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "a,b"}}),
+        (
+            image(data_url("image/png")),
+            {"type": "image", "source": {**BASE64, "media_type": "image/png"}},
+        ),
+        (
+            image(data_url("image/jpg")),
+            {"type": "image", "source": {**BASE64, "media_type": "image/jpeg"}},
+        ),
+        (
+            image("http://x/y"),
+            {"type": "image", "source": {"type": "url", "url": "http://x/y"}},
+        ),
+        (
+            {"type": "image_url", "image_url": "https://x/y"},
+            {"type": "image", "source": {"type": "url", "url": "https://x/y"}},
+        ),
+        (
+            file(data_url("application/pdf"), filename="a.pdf"),
+            {
+                "type": "document",
+                "source": {**BASE64, "media_type": "application/pdf"},
+                "title": "a.pdf",
+            },
+        ),
+        (
+            file(PNG),
+            {"type": "document", "source": {**BASE64, "media_type": "application/pdf"}},
+        ),
+        (
+            file(data_url("text/csv", "YSxi")),
+            {
+                "type": "document",
+                "source": {"type": "text", "media_type": "text/plain", "data": "a,b"},
+            },
+        ),
     ],
 )
 def test_media(part, block):
@@ -1911,7 +2292,10 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required"
 
 
 def json_schema(schema=None):
-    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema or SCHEMA}}
+    return {
+        "type": "json_schema",
+        "json_schema": {"name": "x", "schema": schema or SCHEMA},
+    }
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -1941,7 +2325,9 @@ def test_structured_output_with_tools(server):
     assert not forced.structured and len(forced.setup.tools) == 1
     reply = server.chat("mock:tool=get_weather mock:notext", **both)
     assert reply.finish == "tool_calls"
-    reply = server.chat('mock:tool=StructuredOutput mock:notext mock:input={"a":1}', **both)
+    reply = server.chat(
+        'mock:tool=StructuredOutput mock:notext mock:input={"a":1}', **both
+    )
     assert reply.finish == "stop" and reply.content == '{"a":1}'
 
 
@@ -1951,7 +2337,10 @@ def test_structured_output_with_tools(server):
         ({}, "response_format.type"),
         ({"type": "xml"}, "response_format.type"),
         ({"type": "json_schema"}, "response_format.json_schema"),
-        ({"type": "json_schema", "json_schema": {}}, "response_format.json_schema.schema"),
+        (
+            {"type": "json_schema", "json_schema": {}},
+            "response_format.json_schema.schema",
+        ),
         (json_schema({"type": "array"}), "response_format.json_schema.schema"),
     ],
 )
@@ -2032,7 +2421,11 @@ def sparing(make):
     def settled():
         one.server.wake()
         keeper = one.keeper
-        busy = keeper.wishes or keeper.dying or any(c.todo or c.outbox or c.waiting for c in keeper.spares)
+        busy = (
+            keeper.wishes
+            or keeper.dying
+            or any(c.todo or c.outbox or c.waiting for c in keeper.spares)
+        )
         return not busy
 
     one.settle = lambda: until(settled)
@@ -2075,7 +2468,9 @@ def test_a_conversation_finds_a_primed_spare(sparing):
     history += [reply.message, user("mock:show")]
     reply, spare = ask_spare(sparing, history)
     told = json.loads(reply.content)
-    assert spare and [t["role"] for t in told["turns"]] == ["user", "assistant"] * 2 + ["user"]
+    assert spare and [t["role"] for t in told["turns"]] == ["user", "assistant"] * 2 + [
+        "user"
+    ]
     assert told["turns"][3]["content"] == text_blocks("You said: c ")
 
 
@@ -2084,7 +2479,10 @@ def test_a_tool_loop_finds_a_primed_spare(sparing):
     for _ in range(3):
         reply, spare = ask_spare(sparing, history, tools=[tool()])
         asked = reply.message["tool_calls"][0]
-        history += [reply.message, tool_result(f"mock:tool=get_weather mock:tokens=1", asked["id"])]
+        history += [
+            reply.message,
+            tool_result(f"mock:tool=get_weather mock:tokens=1", asked["id"]),
+        ]
     assert spare
     assert sorted(spares_of(sparing))[-1] == (True, 6)
     told = sparing.keeper.spares[-1].turns
@@ -2095,7 +2493,12 @@ DIFFERENT = {
     "another system prompt": lambda h: [system("other"), *h[1:]],
     "an edited earlier turn": lambda h: [h[0], user("edited"), *h[2:]],
     "an edited answer": lambda h: [*h[:-2], assistant("edited"), h[-1]],
-    "another conversation": lambda h: [system("s"), user("z"), assistant("y"), user("x")],
+    "another conversation": lambda h: [
+        system("s"),
+        user("z"),
+        assistant("y"),
+        user("x"),
+    ],
     "a shorter one": lambda h: h[:2],
 }
 
@@ -2111,11 +2514,23 @@ def test_a_spare_that_does_not_fit_is_not_used(sparing, difference):
     texts = [b["text"] for t in told["turns"] for b in t["content"]]
     wanted = [m["content"] for m in messages if m["role"] != "system"]
     assert texts == [*wanted, "ok", "mock:show"]
-    assert told["initialize"]["systemPrompt"] == [messages[0]["content"] if messages[0]["role"] == "system" else ""]
+    assert told["initialize"]["systemPrompt"] == [
+        messages[0]["content"] if messages[0]["role"] == "system" else ""
+    ]
     assert primed.process.poll() is None or primed.stopped
 
 
-@pytest.mark.parametrize("parameters", [{"model": "opus"}, {"max_tokens": 9}, {"reasoning_effort": "low"}, {"tools": [tool("other")]}, {"tools": [tool()], "tool_choice": "none"}, {"response_format": json_schema()}])
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"model": "opus"},
+        {"max_tokens": 9},
+        {"reasoning_effort": "low"},
+        {"tools": [tool("other")]},
+        {"tools": [tool()], "tool_choice": "none"},
+        {"response_format": json_schema()},
+    ],
+)
 def test_a_spare_with_other_settings_is_not_used(sparing, parameters):
     for _ in range(2):
         sparing.chat("a", tools=[tool()])
@@ -2159,7 +2574,10 @@ def test_a_spare_is_taken_once(sparing):
     sparing.chat("a")
     sparing.settle()
     ask, program, taken = ask_of("b"), sparing.keeper.program(), []
-    takers = [threading.Thread(target=lambda: taken.append(sparing.keeper.take(ask, program))) for _ in range(8)]
+    takers = [
+        threading.Thread(target=lambda: taken.append(sparing.keeper.take(ask, program)))
+        for _ in range(8)
+    ]
     for taker in takers:
         taker.start()
     for taker in takers:
@@ -2178,8 +2596,12 @@ def test_the_number_of_spares_is_bounded(sparing):
 def test_many_at_once_are_not_mixed_up(make):
     one = make(spares=2, max_concurrency=64)
     replies = {}
+
     def go(i):
-        replies[i] = one.chat([user(f"q{i}"), assistant("x"), user(f"text{i}")], stream=bool(i % 2)).content
+        replies[i] = one.chat(
+            [user(f"q{i}"), assistant("x"), user(f"text{i}")], stream=bool(i % 2)
+        ).content
+
     threads = [threading.Thread(target=go, args=(i,)) for i in range(64)]
     for thread in threads:
         thread.start()
@@ -2220,28 +2642,48 @@ def test_guards(server, headers, status):
 
 def test_a_request_has_one_host(server):
     assert b" 400 " in server.raw(b"GET /health HTTP/1.1\r\n\r\n")[:20]
-    assert b" 400 " in server.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n")[:20]
+    assert (
+        b" 400 "
+        in server.raw(
+            b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n"
+        )[:20]
+    )
 
 
 def test_allowed_origins(make):
     one = make(allow_origin="https://a.example, https://b.example")
     for origin, status in (("https://b.example", 200), ("https://c.example", 403)):
-        assert one.request("GET", "/health", headers={"Origin": origin}).status == status
+        assert (
+            one.request("GET", "/health", headers={"Origin": origin}).status == status
+        )
 
 
 def test_preflight(make):
-    headers = {"Origin": "http://localhost:1", "Access-Control-Request-Headers": "authorization,x-stainless-os"}
+    headers = {
+        "Origin": "http://localhost:1",
+        "Access-Control-Request-Headers": "authorization,x-stainless-os",
+    }
     one = make(api_key="KEY")
     reply = one.request("OPTIONS", "/v1/chat/completions", headers=headers)
-    assert reply.status == 204 and reply.headers["Access-Control-Allow-Origin"] == "http://localhost:1"
-    assert reply.headers["Access-Control-Allow-Headers"] == "authorization,x-stainless-os"
+    assert (
+        reply.status == 204
+        and reply.headers["Access-Control-Allow-Origin"] == "http://localhost:1"
+    )
+    assert (
+        reply.headers["Access-Control-Allow-Headers"] == "authorization,x-stainless-os"
+    )
     headers["Origin"] = "https://evil.example"
     assert one.request("OPTIONS", "/v1/chat/completions", headers=headers).status == 403
 
 
 def test_api_key(make):
     one = make(api_key="KEY")
-    for headers, status in (({}, 401), ({"Authorization": "Bearer WRONG"}, 401), ({"Authorization": "Bearer KEY"}, 200), ({"X-Api-Key": "KEY"}, 200)):
+    for headers, status in (
+        ({}, 401),
+        ({"Authorization": "Bearer WRONG"}, 401),
+        ({"Authorization": "Bearer KEY"}, 200),
+        ({"X-Api-Key": "KEY"}, 200),
+    ):
         reply = one.request("GET", "/v1/models", headers=headers)
         assert reply.status == status
         assert status == 200 or reply.error["code"] == "invalid_api_key"
@@ -2265,7 +2707,10 @@ POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
         (POST + b"Content-Length: x\r\n\r\n", 400),
         (POST + b"Content-Length: -1\r\n\r\n", 400),
         (POST + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}", 400),
-        (POST + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+        (
+            POST + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+            400,
+        ),
         (POST + b"Transfer-Encoding: gzip\r\n\r\n", 400),
         (POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
         (POST + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}xx\r\n", 400),
@@ -2288,8 +2733,16 @@ def test_malformed_requests(server, request_, status):
 
 def test_chunked_bodies_and_pipelining(server):
     body = json.dumps({"model": "sonnet", "messages": [user("x")]}).encode()
-    pieces_ = b"".join(b"%x;ext=1\r\n%b\r\n" % (len(body[i : i + 9]), body[i : i + 9]) for i in range(0, len(body), 9))
-    request = POST + b"Transfer-Encoding: chunked\r\n\r\n" + pieces_ + b"0\r\nTrailer: x\r\n\r\n"
+    pieces_ = b"".join(
+        b"%x;ext=1\r\n%b\r\n" % (len(body[i : i + 9]), body[i : i + 9])
+        for i in range(0, len(body), 9)
+    )
+    request = (
+        POST
+        + b"Transfer-Encoding: chunked\r\n\r\n"
+        + pieces_
+        + b"0\r\nTrailer: x\r\n\r\n"
+    )
     last = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     with server.connect() as connection:
         connection.sendall(request + last)
@@ -2361,7 +2814,9 @@ def test_ipv6_loopback(make):
     except OSError:
         pytest.skip("needs IPv6")
     with socket.create_connection(("::1", one.port), timeout=10) as connection:
-        connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: [::1]:%d\r\n\r\n" % one.port)
+        connection.sendall(
+            b"GET /v1/models HTTP/1.1\r\nHost: [::1]:%d\r\n\r\n" % one.port
+        )
         assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
 
 
@@ -2432,7 +2887,14 @@ def running(*arguments):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    argv = [sys.executable, proxy.__file__, "--port", str(port), "--claude", stand_in_path()]
+    argv = [
+        sys.executable,
+        proxy.__file__,
+        "--port",
+        str(port),
+        "--claude",
+        stand_in_path(),
+    ]
     process = subprocess.Popen([*argv, *arguments], stderr=subprocess.PIPE)
     try:
         until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
@@ -2467,7 +2929,9 @@ def test_version_names_the_file(capsys):
         (["--trace", "/dev/null/x"], {}, "--trace"),
     ],
 )
-def test_bad_options_are_one_line_and_exit_2(arguments, env, message, capsys, monkeypatch):
+def test_bad_options_are_one_line_and_exit_2(
+    arguments, env, message, capsys, monkeypatch
+):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     code, out, error = complaint(capsys, *arguments)
@@ -2494,9 +2958,13 @@ def test_a_port_in_use():
 def test_check():
     out = command("--check", "--port", "0", "--claude", stand_in_path())
     assert out.returncode == 0 and "2.1.330" in out.stdout and "logged in" in out.stdout
-    out = command("--check", "--port", "0", "--claude", stand_in_path(), STAND_IN_LOGIN="no")
+    out = command(
+        "--check", "--port", "0", "--claude", stand_in_path(), STAND_IN_LOGIN="no"
+    )
     assert out.returncode == 1 and "claude auth login" in out.stdout
-    out = command("--check", "--port", "0", "--claude", "/nowhere", ANTHROPIC_API_KEY="x")
+    out = command(
+        "--check", "--port", "0", "--claude", "/nowhere", ANTHROPIC_API_KEY="x"
+    )
     assert out.returncode == 1 and "ANTHROPIC_API_KEY" in out.stdout
 
 
@@ -2532,13 +3000,22 @@ STATES = {  # (the last text, what comes before it) of each request
 def stopped_in(state):
     """SIGTERM in a state -> (exit code, the children that were not gone)."""
     requests = STATES[state]
-    with running("--max-concurrency", "1") as (process, port), contextlib.ExitStack() as open_:
-        connections = [open_.enter_context(send_request(port, text, True, before)) for text, before in requests]
+    with (
+        running("--max-concurrency", "1") as (process, port),
+        contextlib.ExitStack() as open_,
+    ):
+        connections = [
+            open_.enter_context(send_request(port, text, True, before))
+            for text, before in requests
+        ]
         if state == "a spare starts":
             until(lambda: b"DONE" in connections[0].recv(65536))
         else:
             counts = bool(requests), max(0, len(requests) - 1)
-            until(lambda: (health_of(port)["active"], health_of(port)["waiting"]) == counts)
+            until(
+                lambda: (health_of(port)["active"], health_of(port)["waiting"])
+                == counts
+            )
         pids = list(children(process.pid))
         process.send_signal(signal.SIGTERM)
         return process.wait(5), [pid for pid in pids if not gone(pid)]
@@ -2582,7 +3059,8 @@ def test_the_log_has_a_line_for_each_request_and_no_prompt():
     assert "SECRET" not in log
     assert re.match(
         r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d 200 POST /v1/chat/completions "
-        r"first=\d\.\d{3} model=claude-sonnet-mock in=10 cached=0 out=\d+ total=\d\.\d{3}$",
+        r"first=\d\.\d{3} model=claude-sonnet-mock in=10 cached=0 out=\d+ "
+        r"total=\d\.\d{3}$",
         re.sub(r"model=\S+ (first=\S+)", r"\1 model=claude-sonnet-mock", line),
     ), line
 
@@ -2616,7 +3094,15 @@ def gnawed(raw, rng):
     raw = bytearray(raw)
     for _ in range(rng.randrange(1, 4)):
         place = rng.randrange(len(raw))
-        raw[place : place + 1] = rng.choice([b"", bytes([rng.randrange(256)]), raw[place : place + 1] * 2, b'"', b"\r\n"])
+        raw[place : place + 1] = rng.choice(
+            [
+                b"",
+                bytes([rng.randrange(256)]),
+                raw[place : place + 1] * 2,
+                b'"',
+                b"\r\n",
+            ]
+        )
     return bytes(raw)
 
 
@@ -2638,8 +3124,13 @@ def test_mutated_requests_are_understood_or_refused():
             assert error.status in (400, 404), seed
             outcomes.add(error.status)
             continue
-        lines = [proxy.initialize_line(ask.setup), proxy.query_line(ask.turns[-1], (2, 1, 112))]
-        lines += [proxy.turn_line(turn, i, (2, 1, 112)) for i, turn in enumerate(ask.turns)]
+        lines = [
+            proxy.initialize_line(ask.setup),
+            proxy.query_line(ask.turns[-1], (2, 1, 112)),
+        ]
+        lines += [
+            proxy.turn_line(turn, i, (2, 1, 112)) for i, turn in enumerate(ask.turns)
+        ]
         json.dumps([lines, ask.setup.tools], allow_nan=False).encode()
         outcomes.add(200)
     assert outcomes == {200, 400, 404}
@@ -2658,8 +3149,10 @@ def transcript(text, tools=()):
 
 
 WHOLE_MESSAGE = {
-    "model": "m", "usage": {"input_tokens": 1, "output_tokens": 1}, "stop_reason": "end_turn",
-    "content": [{"type": "thinking", "thinking": "t", "signature": "s"}, {"type": "text", "text": "x"},
+    "model": "m", "usage": {"input_tokens": 1, "output_tokens": 1},
+    "stop_reason": "end_turn",
+    "content": [{"type": "thinking", "thinking": "t", "signature": "s"},
+                {"type": "text", "text": "x"},
                 {"type": "tool_use", "id": "i", "name": "f", "input": {}}],
 }  # fmt: skip
 TRANSCRIPTS = [
@@ -2667,8 +3160,20 @@ TRANSCRIPTS = [
     transcript("mock:tool=f,g"),
     transcript("mock:tokens=2", ["StructuredOutput"]),
     transcript("mock:tokens=3")[:4] + transcript("mock:tokens=5"),  # told again
-    [{"type": "rate_limit_event", "rate_limit_info": {"status": "allowed", "resetsAt": 5}}]
-    + [{"type": "system", "subtype": "api_retry", "error_status": 529, "retry_delay_ms": 5}]
+    [
+        {
+            "type": "rate_limit_event",
+            "rate_limit_info": {"status": "allowed", "resetsAt": 5},
+        }
+    ]
+    + [
+        {
+            "type": "system",
+            "subtype": "api_retry",
+            "error_status": 529,
+            "retry_delay_ms": 5,
+        }
+    ]
     + transcript("mock:say=x"),
     [{"type": "assistant", "message": WHOLE_MESSAGE}],
     [{"type": "assistant", "error": "unknown", "message": {"content": []}}]
@@ -2683,7 +3188,10 @@ def test_mutated_transcripts_are_an_answer_or_an_error():
         lines = rng.choice(TRANSCRIPTS)
         for _ in range(rng.randrange(1, 4)):
             lines = mutated(lines, rng)
-        raws = [json.dumps(line).encode() for line in (lines if isinstance(lines, list) else [lines])]
+        raws = [
+            json.dumps(line).encode()
+            for line in (lines if isinstance(lines, list) else [lines])
+        ]
         if seed % 5 == 0 and raws:
             raws.append(gnawed(raws.pop(), rng))
         ask = ask_of(stop=["tok2"], stream=True)._replace(structured=seed % 3 == 0)
@@ -2692,7 +3200,7 @@ def test_mutated_transcripts_are_an_answer_or_an_error():
 
 
 def told_by(raws, answer, reply):
-    """The status of an answer made of these lines; its chunks and its whole are sound."""
+    """The status of an answer made of these lines; its chunks and whole are sound."""
     try:
         for line in map(proxy.parse_line, filter(proxy.matters, raws)):
             deltas = [reply.add(0, delta) for delta in answer.feed(line)]
@@ -2700,7 +3208,9 @@ def told_by(raws, answer, reply):
                 deltas.append(reply.add(0, {}, answer.finish_reason))
             for _, delta, reason in deltas:
                 (choice,) = json.loads(reply.encode((0, delta, reason)))["choices"]
-                texts = [choice["delta"].get(key) for key in ("content", "reasoning_content")]
+                texts = [
+                    choice["delta"].get(key) for key in ("content", "reasoning_content")
+                ]
                 assert all(text is None or isinstance(text, str) for text in texts)
             if answer.finish_reason:
                 reply.usage = proxy.openai_usage([answer.usage])
@@ -2714,12 +3224,18 @@ def told_by(raws, answer, reply):
 def test_mutated_http_is_answered_or_dropped(server):
     """What comes back is well-formed, and no fault of ours."""
     body = json.dumps({"model": "gpt-4", "messages": [user("x")]}).encode()
-    chunked = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    chunked = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (
+        len(body),
+        body,
+    )
     whole = [
         POST + b"Content-Length: %d\r\n\r\n%b" % (len(body), body),
         POST + chunked,
-        POST + b"Origin: http://localhost\r\nContent-Type: application/json\r\n" + chunked,
-        b"GET /v1/models/sonnet?x=1 HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer x\r\n\r\n",
+        POST
+        + b"Origin: http://localhost\r\nContent-Type: application/json\r\n"
+        + chunked,
+        b"GET /v1/models/sonnet?x=1 HTTP/1.1\r\nHost: localhost\r\n"
+        b"Authorization: Bearer x\r\n\r\n",
         b"OPTIONS /v1/models HTTP/1.0\r\nOrigin: app://x\r\n\r\n",
     ]
     for seed in range(400):
@@ -2728,7 +3244,9 @@ def test_mutated_http_is_answered_or_dropped(server):
         while reply:
             head, _, reply = reply.partition(b"\r\n\r\n")
             status = int(re.match(rb"HTTP/1\.1 (\d+) ", head)[1])
-            assert status in (100, 200, 204) or 400 <= status < 500 or status in (501, 505), seed
+            assert (
+                status in (100, 200, 204) or 400 <= status < 500 or status in (501, 505)
+            ), seed
             if status not in (100, 204):
                 size = int(re.search(rb"Content-Length: (\d+)", head)[1])
                 payload, reply = reply[:size], reply[size:]
@@ -2740,7 +3258,11 @@ def test_mutated_http_is_answered_or_dropped(server):
 LOAD = [
     ("mock:tokens=20", {"stream": True}, False),
     ("mock:tokens=20", {}, False),
-    ("mock:tool=f", {"tools": [{"type": "function", "function": {"name": "f"}}]}, False),
+    (
+        "mock:tool=f",
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        False,
+    ),
     ("mock:tokens=1", {"n": 2}, False),
     ("mock:tokens=99 mock:gap_ms=50", {"stream": True}, True),
     ("mock:hang", {}, True),
@@ -2759,8 +3281,17 @@ def load(port, count, outcomes, seed=1):
     rng = random.Random(seed)
     for _ in range(count):
         text, parameters, leaves = rng.choice(LOAD)
-        messages = [system(f"s{rng.randrange(3)}"), user("a"), assistant("b"), user(text)]
-        body = {"model": "sonnet", "messages": messages[rng.choice([0, 1, 3]) :], **parameters}
+        messages = [
+            system(f"s{rng.randrange(3)}"),
+            user("a"),
+            assistant("b"),
+            user(text),
+        ]
+        body = {
+            "model": "sonnet",
+            "messages": messages[rng.choice([0, 1, 3]) :],
+            **parameters,
+        }
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         with contextlib.closing(connection):
             connection.request("POST", "/v1/chat/completions", json.dumps(body))
@@ -2779,7 +3310,10 @@ def state_of(pid):
     RSS in MB."""
     rows = [row.split() for row in shell("ps -A -o pid=,ppid=,rss=").splitlines()]
     proc = f"/proc/{pid}/"
-    counts = [len(os.listdir(proc + name)) if os.path.exists(proc) else 0 for name in ("fd", "task")]
+    counts = [
+        len(os.listdir(proc + name)) if os.path.exists(proc) else 0
+        for name in ("fd", "task")
+    ]
     size = [int(row[2]) / 1024 for row in rows if row[0] == str(pid)]
     return (sum(row[1] == str(pid) for row in rows), *counts), size[0]
 
@@ -2798,15 +3332,20 @@ def test_load_leaves_nothing_behind(tmp_path, monkeypatch):
         drained.start()
         load(port, 10, [])
         before, size = until(lambda: idle(process.pid, port))
-        threads = [threading.Thread(target=load, args=(port, count // 10, outcomes, i)) for i in range(10)]
+        threads = [
+            threading.Thread(target=load, args=(port, count // 10, outcomes, i))
+            for i in range(10)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         until(lambda: (idle(process.pid, port) or [None])[0] == before)
         grown = state_of(process.pid)[1] - size
-        print(f"{len(outcomes)} requests {collections.Counter(outcomes)}; {before} (children, descriptors, "
-              f"threads) before and after; {size:.1f} MB, {grown:+.1f}")
+        print(
+            f"{len(outcomes)} requests {collections.Counter(outcomes)}; "
+            f"{before} (children, descriptors, threads) before and after; {size:.1f} MB, {grown:+.1f}"
+        )
         process.terminate()
         assert process.wait(5) == 0
         drained.join()
@@ -2827,7 +3366,18 @@ def idle(pid, port):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("wish", ["exit=1", "garbage", "status=500", "shape", "retry=401", "hang", "stderr=99 mock:exit=1"])
+@pytest.mark.parametrize(
+    "wish",
+    [
+        "exit=1",
+        "garbage",
+        "status=500",
+        "shape",
+        "retry=401",
+        "hang",
+        "stderr=99 mock:exit=1",
+    ],
+)
 def test_errors_and_log_hold_no_secret(make, logged, wish, stream, monkeypatch):
     monkeypatch.setenv("SOME_TOKEN", "SECRET")
     one = make(timeout=0.5, api_key="SECRET", verbose=True)
@@ -2837,27 +3387,55 @@ def test_errors_and_log_hold_no_secret(make, logged, wish, stream, monkeypatch):
     assert reply.status >= 400
     seen = reply.text + str(reply.headers) + "".join(logged)
     home = os.path.expanduser("~")
-    assert not [secret for secret in ("SECRET", HERE, home, tempfile.gettempdir(), "Traceback") if secret in seen]
+    assert not [
+        secret
+        for secret in ("SECRET", HERE, home, tempfile.gettempdir(), "Traceback")
+        if secret in seen
+    ]
 
 
 def test_a_bug_of_ours_is_a_500_without_details(server, logged, monkeypatch):
     monkeypatch.setattr(proxy, "parse_request", lambda body, thoughts: {}["SECRET"])
     reply = server.chat("SECRET")
     assert reply.status == 500 and reply.error["type"] == "api_error"
-    assert "SECRET" not in reply.text + "".join(logged) and "KeyError, line" in logged[0]
+    assert (
+        "SECRET" not in reply.text + "".join(logged) and "KeyError, line" in logged[0]
+    )
 
 
 def test_trace_writes_what_passed(make, tmp_path):
     one = make(trace=str(tmp_path), spares=1)
     one.chat([user("first"), assistant("x"), user("second")])
-    until(lambda: one.quiet() and [c for c in one.server.keeper.spares if c.turns and not c.todo])
-    one.chat([user("first"), assistant("x"), user("second"), assistant("You said: second "), user("third")])
+    until(
+        lambda: one.quiet()
+        and [c for c in one.server.keeper.spares if c.turns and not c.todo]
+    )
+    one.chat(
+        [
+            user("first"),
+            assistant("x"),
+            user("second"),
+            assistant("You said: second "),
+            user("third"),
+        ]
+    )
     until(one.quiet)
-    files = {path.name.split(".", 1)[1]: path.read_text() for path in sorted(tmp_path.iterdir()) if "third" in path.read_text()}
+    files = {
+        path.name.split(".", 1)[1]: path.read_text()
+        for path in sorted(tmp_path.iterdir())
+        if "third" in path.read_text()
+    }
     assert set(files) == {"request.json", "stdin.jsonl", "stdout.jsonl"}
     assert json.loads(files["request.json"])["messages"][-1] == user("third")
     lines = [json.loads(line) for line in files["stdin.jsonl"].splitlines()]
-    assert [line["type"] for line in lines] == ["control_request", "user", "assistant", "user", "assistant", "user"]
+    assert [line["type"] for line in lines] == [
+        "control_request",
+        "user",
+        "assistant",
+        "user",
+        "assistant",
+        "user",
+    ]
     assert '"message_delta"' in files["stdout.jsonl"]
     assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
 
@@ -2882,7 +3460,9 @@ def test_the_banner_says_what_to_try(capsys, make):
     proxy.announce(make(api_key="SECRET").server)
     banner = capsys.readouterr().err.splitlines()
     assert banner[1].startswith("Claude Code 2.1.330 at ") and banner[2] == "logged in"
-    assert "claude-opus-4" in banner[-2] and banner[-1].startswith("try: curl http://localhost:")
+    assert "claude-opus-4" in banner[-2] and banner[-1].startswith(
+        "try: curl http://localhost:"
+    )
     assert "SECRET" not in "".join(banner) and "Bearer $KEY" in banner[-1]
 
 
@@ -2903,7 +3483,9 @@ def test_readme_lists_every_option_and_parameter():
     alike = {}
     for name, row in proxy.PARAMETERS.items():
         alike.setdefault((row.use, row.why), []).append(f"`{name}`")
-    rows = [f"| {', '.join(names)} | {use} | {why} |" for (use, why), names in alike.items()]
+    rows = [
+        f"| {', '.join(names)} | {use} | {why} |" for (use, why), names in alike.items()
+    ]
     assert "\n".join(rows) in readme
     assert len(re.findall(r"^\| `--", readme, re.M)) == len(proxy.OPTIONS)
     assert len(readme.splitlines()) <= 250
@@ -2917,13 +3499,19 @@ def test_help_lists_every_option_with_its_default(capsys):
 
 
 def test_readmes_first_request_works(server):
-    curl = re.search(r"^curl http://localhost:3456(\S+) \\\n  -d '(.*)'$", read("README.md"), re.M)
-    reply = server.request("POST", curl[1], curl[2], {"Content-Type": "application/x-www-form-urlencoded"})
+    curl = re.search(
+        r"^curl http://localhost:3456(\S+) \\\n  -d '(.*)'$", read("README.md"), re.M
+    )
+    reply = server.request(
+        "POST", curl[1], curl[2], {"Content-Type": "application/x-www-form-urlencoded"}
+    )
     assert reply.status == 200 and reply.content == "You said: Hello! "
 
 
 def test_readme_json_and_python_blocks_are_valid():
-    for language, block in re.findall(r"```(python|json)\n(.*?)```", read("README.md"), re.S):
+    for language, block in re.findall(
+        r"```(python|json)\n(.*?)```", read("README.md"), re.S
+    ):
         json.loads(block) if language == "json" else compile(block, "README.md", "exec")
 
 
@@ -2937,15 +3525,23 @@ def test_the_plist_starts_the_server(tmp_path):
     paths = plist["EnvironmentVariables"]["PATH"].split(":")
     assert "/opt/homebrew/bin" in paths and "/usr/local/bin" in paths
     env = {"HOME": str(home), "CLAUDE_MAX_PROXY_PORT": "70000"}
-    env["PATH"] = os.path.dirname(sys.executable) + ":" + plist["EnvironmentVariables"]["PATH"]
-    assert subprocess.run(plist["ProgramArguments"], env=env, timeout=30).returncode == 2
+    env["PATH"] = (
+        os.path.dirname(sys.executable) + ":" + plist["EnvironmentVariables"]["PATH"]
+    )
+    assert (
+        subprocess.run(plist["ProgramArguments"], env=env, timeout=30).returncode == 2
+    )
     log = (home / "Library" / "Logs" / "claude-max-api.log").read_text()
     assert "--port" in log
 
 
 def test_the_file_stands_alone():
     tree = ast.parse(read("claude_max_proxy.py"))
-    nodes = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    nodes = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+    ]
     names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     known = getattr(sys, "stdlib_module_names", None)
@@ -2961,7 +3557,11 @@ def real_clis():
     return [p for p in named.split(os.pathsep) if p] or ([found] if found else [])
 
 
-@pytest.fixture(scope="module", params=real_clis() or [None], ids=os.path.basename if real_clis() else None)
+@pytest.fixture(
+    scope="module",
+    params=real_clis() or [None],
+    ids=os.path.basename if real_clis() else None,
+)
 def real(request, tmp_path_factory):
     """The server with a real CLI that asks a MessagesAPI, in a home full of traps."""
     if request.param is None:
@@ -3020,14 +3620,32 @@ def dialogue(*texts):
     return [(assistant if i % 2 else user)(text) for i, text in enumerate(texts)]
 
 
-TYPED = ["@/etc/passwd", "/clear", "/compact now", "!ls", "# x", "@trap.txt", "//", "ultrathink"]
+TYPED = [
+    "@/etc/passwd",
+    "/clear",
+    "/compact now",
+    "!ls",
+    "# x",
+    "@trap.txt",
+    "//",
+    "ultrathink",
+]
 CONVERSATIONS = {
     "1 turn": dialogue("Hello!"),
     "2 turns": dialogue("Hello!", "Hi.", "How are you?"),
     "10 turns": dialogue(*(f"text {i}" for i in range(19))),
     "60 turns": dialogue(*(f"text {i}" for i in range(119))),
-    "parts": [user(text_blocks("a", "b")), assistant(text_blocks("c", "d")), user(text_blocks("e", "f"))],
-    "system in the middle": [system("s"), *dialogue("a", "b"), system("be brief"), user("c")],
+    "parts": [
+        user(text_blocks("a", "b")),
+        assistant(text_blocks("c", "d")),
+        user(text_blocks("e", "f")),
+    ],
+    "system in the middle": [
+        system("s"),
+        *dialogue("a", "b"),
+        system("be brief"),
+        user("c"),
+    ],
     "long system": [system("s" * 300000), user("Hello!")],
     "long text": dialogue("u" * 1000000, "ok", "v" * 1000000),
     "unicode": dialogue("emoji 😀 é \x00 \u2028 \r\n end ", " ja\t", " 日本語\n"),
@@ -3051,8 +3669,13 @@ def test_conversations_reach_the_api(real, name):
     for turn in ask.turns:
         texts = "".join(block["text"] for block in turn["content"])
         wanted.append((turn["role"], texts))
-    got = [(role, "".join(b["text"] for b in blocks)) for role, blocks in client_turns(body)]
-    assert [(r, t.lstrip("\n")) for r, t in got] == [(r, t.lstrip("\n")) for r, t in wanted]
+    got = [
+        (role, "".join(b["text"] for b in blocks))
+        for role, blocks in client_turns(body)
+    ]
+    assert [(r, t.lstrip("\n")) for r, t in got] == [
+        (r, t.lstrip("\n")) for r, t in wanted
+    ]
     prompt = [block["text"] for block in body["system"]][-1]
     assert not ask.setup.system or prompt == ask.setup.system
 
@@ -3069,7 +3692,9 @@ def test_cache_marks_have_one_lifetime(real):
 
 
 def test_real_streams_and_failures(real):
-    reply = real.chat("mock:tokens=3", stream=True, stream_options={"include_usage": True})
+    reply = real.chat(
+        "mock:tokens=3", stream=True, stream_options={"include_usage": True}
+    )
     assert reply.content == "tok0 tok1 tok2 " and reply.done
     assert reply.chunks[-1]["usage"]["completion_tokens"] == 3
     sent(real)
@@ -3078,7 +3703,9 @@ def test_real_streams_and_failures(real):
     del real.api.log[:]
 
 
-@pytest.mark.parametrize("reason, finish", [("max_tokens", "length"), ("refusal", "content_filter")])
+@pytest.mark.parametrize(
+    "reason, finish", [("max_tokens", "length"), ("refusal", "content_filter")]
+)
 def test_real_answers_end_with_the_first_message(real, reason, finish):
     reply = real.chat(f"mock:stop={reason}", max_tokens=4000)
     assert reply.finish == finish and reply.content == "tok0 tok1 tok2 tok3 tok4 "
@@ -3110,19 +3737,31 @@ def wanted_turns(messages, **parameters):
 
 
 def run_tool_loop(real, rounds, **parameters):
-    """A tool loop with parallel calls; every request must reach the API once, as it is."""
+    """A tool loop with parallel calls; every request must reach the API once."""
     tools = [tool(), tool("Bash"), tool("odd.name")]
-    history = [system("s"), user("mock:tool=get_weather,Bash mock:tokens=1 mock:think=1")]
+    history = [
+        system("s"),
+        user("mock:tool=get_weather,Bash mock:tokens=1 mock:think=1"),
+    ]
     for number in range(rounds):
         reply = real.chat(history, tools=tools, stream=bool(number % 2), **parameters)
         assert reply.finish == "tool_calls", reply.text
         body = sent(real)
-        assert [t["name"] for t in body["tools"]] == sorted(["get_weather", "Bash", proxy.api_name("odd.name")], key=str.lower)
-        told = [(r, [b for b in blocks if b["type"] != "thinking"]) for r, blocks in client_turns(body)]
+        assert [t["name"] for t in body["tools"]] == sorted(
+            ["get_weather", "Bash", proxy.api_name("odd.name")], key=str.lower
+        )
+        told = [
+            (r, [b for b in blocks if b["type"] != "thinking"])
+            for r, blocks in client_turns(body)
+        ]
         assert told == wanted_turns(history, tools=tools)
         history.append(reply.message)
         for i, asked in enumerate(reply.message["tool_calls"]):
-            content = "mock:tool=get_weather,Bash mock:tokens=1" if i else text_blocks("a", "b")
+            content = (
+                "mock:tool=get_weather,Bash mock:tokens=1"
+                if i
+                else text_blocks("a", "b")
+            )
             history.append(tool_result(content, asked["id"]))
         history.append(user("mock:tool=get_weather,Bash mock:tokens=1 mock:think=1"))
     return history
@@ -3139,14 +3778,30 @@ def test_a_real_tool_loop_with_spares_and_signed_thinking(real, make):
 
 
 def test_real_tools_are_all_there(real):
-    names = ["Read", "Task", "Agent", "ToolSearch", "StructuredOutput", "Skill", "a" * 128]
-    tools = [tool(name, "x" * 5000) for name in names] + [tool(f"t{i}") for i in range(121)]
+    names = [
+        "Read",
+        "Task",
+        "Agent",
+        "ToolSearch",
+        "StructuredOutput",
+        "Skill",
+        "a" * 128,
+    ]
+    tools = [tool(name, "x" * 5000) for name in names] + [
+        tool(f"t{i}") for i in range(121)
+    ]
     tools[0]["function"]["parameters"] = {"anyOf": [{"properties": {"q": True}}]}
     tools[1]["function"]["parameters"] = {"properties": {"q": True}}
     real.chat("Hello!", tools=tools)
     body = sent(real)
-    assert {t["name"] for t in body["tools"]} == {proxy.api_name(t["function"]["name"]) for t in tools}
-    assert all("x" * 5000 in json.dumps(t) for t in body["tools"] if not t["name"].startswith("t") or len(t["name"]) > 4)
+    assert {t["name"] for t in body["tools"]} == {
+        proxy.api_name(t["function"]["name"]) for t in tools
+    }
+    assert all(
+        "x" * 5000 in json.dumps(t)
+        for t in body["tools"]
+        if not t["name"].startswith("t") or len(t["name"]) > 4
+    )
     texts = [b["text"] for b in api_blocks(body["messages"][0]) if b["type"] == "text"]
     assert not any("Attribution" in text or "agent types" in text for text in texts)
 
@@ -3154,8 +3809,17 @@ def test_real_tools_are_all_there(real):
 def test_real_tool_choice(real):
     one = {"type": "function", "function": {"name": "get_weather"}}
     for choice in ("none", "required", one):
-        real.chat("mock:tool=get_weather", tools=[tool()], tool_choice=choice, parallel_tool_calls=False)
-        native = json.loads(ask_of(tools=[tool()], tool_choice=choice, parallel_tool_calls=False).spawn.tool_choice)
+        real.chat(
+            "mock:tool=get_weather",
+            tools=[tool()],
+            tool_choice=choice,
+            parallel_tool_calls=False,
+        )
+        native = json.loads(
+            ask_of(
+                tools=[tool()], tool_choice=choice, parallel_tool_calls=False
+            ).spawn.tool_choice
+        )
         assert sent(real)["tool_choice"] == native
 
 
@@ -3165,8 +3829,13 @@ def test_real_structured_output(real):
     until(real.quiet)
     assert sent(real)["tools"][0]["input_schema"] == SCHEMA
     odd = {"$schema": "https://json-schema.org/draft/2020-12/schema", "x-foo": 1}
-    odd["properties"] = {"a": {"type": "integer", "example": 5, "exclusiveMinimum": True}}
-    assert real.chat('mock:input={"a":1}', response_format=json_schema(odd)).content == '{"a":1}'
+    odd["properties"] = {
+        "a": {"type": "integer", "example": 5, "exclusiveMinimum": True}
+    }
+    assert (
+        real.chat('mock:input={"a":1}', response_format=json_schema(odd)).content
+        == '{"a":1}'
+    )
     until(real.quiet)
     sent(real)
     reply = real.chat('mock:input={"b":2}', response_format={"type": "json_object"})
@@ -3180,9 +3849,15 @@ def test_real_structured_output(real):
 
 
 def test_real_media(real):
-    parts = [image("https://example.com/x.png"), file(data_url("text/csv", "YSxi"), filename="a.csv"), *text_blocks("look")]
+    parts = [
+        image("https://example.com/x.png"),
+        file(data_url("text/csv", "YSxi"), filename="a.csv"),
+        *text_blocks("look"),
+    ]
     real.chat([user(parts), assistant("ok"), user(parts)])
-    assert client_turns(sent(real)) == wanted_turns([user(parts), assistant("ok"), user(parts)])
+    assert client_turns(sent(real)) == wanted_turns(
+        [user(parts), assistant("ok"), user(parts)]
+    )
 
 
 @pytest.mark.parametrize("model", ["claude-haiku-4-5", "sonnet"])
@@ -3190,9 +3865,15 @@ def test_real_thinking(real, model):
     reply = real.chat("mock:think=2 mock:tokens=1", model=model)
     assert reply.message["reasoning_content"] == "thought0 thought1 "
     assert sent(real)["thinking"]["type"] in ("enabled", "adaptive")
-    for parameters in ({"max_tokens": 10}, {"max_tokens": 1500}, {"reasoning_effort": "none"}):
+    for parameters in (
+        {"max_tokens": 10},
+        {"max_tokens": 1500},
+        {"reasoning_effort": "none"},
+    ):
         assert real.chat("x", model=model, **parameters).status == 200
-        assert (sent(real).get("thinking") or {"type": "disabled"})["type"] == "disabled"
+        assert (sent(real).get("thinking") or {"type": "disabled"})[
+            "type"
+        ] == "disabled"
     loop = [user("x"), calling(call()), tool_result("x")]
     assert real.chat(loop, model=model, tools=[tool()]).status == 200
     sent(real)
