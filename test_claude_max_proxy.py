@@ -10,9 +10,10 @@
 
 Two doubles. The stand-in CLI is this file, executed as `claude`: it speaks the control
 protocol and answers as the last user text asks, in words of the form mock:KEY=VALUE
-(see `events`, `misbehave`); mock:show says back all that it was told. The
-small Messages API (`MessagesAPI`) is for the tests of the contract with the REAL CLI: they run when a real
-`claude` is on PATH, or when CLAUDE_CLIS names some (paths, separated like PATH).
+(see `events`, `misbehave`); mock:show says back all that it was told. The small
+Messages API (`MessagesAPI`) is for the tests of the contract with the REAL CLI: they
+run when a real `claude` is on PATH, or when CLAUDE_CLIS names some (paths, separated
+like PATH).
 """
 
 import json
@@ -1077,16 +1078,8 @@ def test_include_usage(server):
 
 
 def test_streamed_tokens_leave_as_they_come(server):
-    with server.connect() as connection:
-        body = json.dumps(
-            {
-                "model": "opus",
-                "stream": True,
-                "messages": [user("mock:tokens=2 mock:gap_ms=600000")],
-            }
-        )
-        head = POST + b"Content-Length: %d\r\n\r\n" % len(body)
-        connection.sendall((head + body).encode())
+    wish = "mock:tokens=2 mock:gap_ms=600000"
+    with send_request(server.port, wish, True) as connection:
         seen = b""
         while b"tok0" not in seen:  # the second comes in ten minutes
             seen += connection.recv(65536)
@@ -3344,7 +3337,8 @@ def test_load_leaves_nothing_behind(tmp_path, monkeypatch):
         grown = state_of(process.pid)[1] - size
         print(
             f"{len(outcomes)} requests {collections.Counter(outcomes)}; "
-            f"{before} (children, descriptors, threads) before and after; {size:.1f} MB, {grown:+.1f}"
+            f"{before} (children, descriptors, threads) before and after; "
+            f"{size:.1f} MB, {grown:+.1f}"
         )
         process.terminate()
         assert process.wait(5) == 0
