@@ -81,6 +81,7 @@ Json = Dict[str, Any]
 # Each with its unit and its reason.
 
 MAX_BODY = 32 << 20  # bytes; the Messages API refuses larger requests
+MAX_AHEAD = 1 << 16  # bytes a client may send before it has its answer
 MAX_LINE = 64 << 20  # bytes; a CLI line that goes on beyond this is nonsense
 REQUEST_SECONDS = 30  # to send the headers, and again for the body, however slowly
 IDLE_SECONDS = 120  # a kept-alive connection without a request
@@ -91,6 +92,7 @@ TERM_SECONDS = 1.0  # from SIGTERM to SIGKILL
 DRAIN_SECONDS = 2.0  # that answers in flight get when the server stops
 SPARE_SECONDS = 600  # an unused spare process holds 155 MB
 LOGIN_SECONDS = 5  # between two looks whether somebody has logged in
+REFUSED_SECONDS = 60  # that a login which the API refused counts as none, unasked
 PROBE_SECONDS = 20  # for `claude --version` and `claude auth status`
 QUEUE_PER_SLOT = 4  # waiting requests for each of --max-concurrency
 MAX_CHOICES = 8  # `n`: one CLI process each
@@ -210,12 +212,13 @@ def number(kind: type, least: float, most: float = math.inf) -> Any:
 
 def folder(path: str) -> str:
     """An argparse type: a directory, made where there is none. "" is none."""
-    try:
+    path = os.path.expanduser(path)
+    with contextlib.suppress(OSError):
         if path:
             os.makedirs(path, 0o700, exist_ok=True)
-        return path
-    except OSError as error:
-        raise ValueError(path) from error
+        if not path or os.access(path, os.W_OK):
+            return path
+    raise ValueError(path)
 
 
 class Option(NamedTuple):
@@ -524,7 +527,9 @@ def parse_stops(value: Any) -> Tuple[str, ...]:
     stops = [value] if isinstance(value, str) else value
     if len(stops) > MAX_STOPS:
         raise bad("stop", f"'stop' takes at most {MAX_STOPS} strings.")
-    return tuple(s for i, s in enumerate(stops) if check(s, (str,), f"stop[{i}]"))
+    for i, stop in enumerate(stops):
+        check(stop, (str,), f"stop[{i}]")
+    return tuple(filter(None, stops))  # "" would match everywhere
 
 
 def parse_format(body: Json) -> Optional[Json]:
@@ -596,7 +601,7 @@ def object_schema(schema: Json, where: str) -> Json:
     """`schema` as the API and the CLI accept it: an object at the top, no combinator
     there (it moves to where the model reads it), each property an object. 400 for what
     can't mean an object."""
-    kind = schema.get("type", "object")
+    kind = "object" if schema.get("type") is None else schema["type"]
     if kind != "object" and not (isinstance(kind, list) and "object" in kind):
         message = f"'{where}' must be a schema of type 'object' at the top."
         raise bad(where, message, "invalid_schema")
@@ -965,7 +970,7 @@ def arguments(spawn: Spawn) -> List[str]:
 
 def environment(spawn: Spawn) -> Dict[str, str]:
     """Ours less what must not reach the CLI, plus what it can only be told there."""
-    gone = {*WITHHELD, *SPAWN_VARIABLES}
+    gone = {*WITHHELD, *SPAWN_VARIABLES, *(ENVIRONMENT + row.upper() for row in OPTIONS)}
     env = {name: text for name, text in os.environ.items() if name not in gone}
     env.update(VARIABLES)
     if spawn.max_tokens:
@@ -1127,12 +1132,12 @@ class Claude:
         self.program, self.spawn = program, spawn
         self.setup: Optional[Setup] = None
         self.turns: List[Json] = []
-        self.todo: collections.deque = collections.deque()
+        self.todo: collections.deque = collections.deque()  # (line, whether to wait)
         self.outbox = bytearray()
         self.stdin_watched = False  # by the selector of the owner
         self.waiting = False
         self.partial: List[bytes] = []  # of a line without its end
-        self.heard = self.born = time.monotonic()  # the last sign of life
+        self.alive_at = self.born = time.monotonic()  # the last sign of life
         self.complaint = b""  # the end of its stderr
         self.stopped = 0.0  # when it was sent a signal
         pipe = subprocess.PIPE
@@ -1161,28 +1166,26 @@ class Claude:
         count = len(self.turns)
         return count < len(ask.turns) and self.turns == ask.turns[:count]
 
-    def told(self) -> Tuple[int, bool]:
-        """How much that is, to compare."""
-        return len(self.turns), self.setup is not None
-
     def tell(self, setup: Setup, turns: List[Json], query: bool) -> None:
-        """Queue what it has not been told; with `query` the last turn asks."""
+        """Queue what it has not been told; with `query` the last turn asks. Raises
+        RecursionError, and changes nothing then, for JSON that is nested too deeply."""
+        lines = []
         if self.setup is None:
-            self.todo.append(initialize_line(setup))
+            lines.append(initialize_line(setup))
         for place in range(len(self.turns), len(turns) - query):
-            self.todo.append(turn_line(turns[place], place, self.program.version))
+            lines.append(turn_line(turns[place], place, self.program.version))
         if query:
-            self.todo.append(query_line(turns[-1], self.program.version))
-        self.setup, self.turns, self.heard = setup, turns, time.monotonic()
+            lines.append(query_line(turns[-1], self.program.version))
+        self.todo.extend([(json.dumps(line), "shouldQuery" in line) for line in lines])
+        self.setup, self.turns, self.alive_at = setup, turns, time.monotonic()
         self.advance()
 
     def advance(self) -> None:
         """Send lines up to one whose result must be awaited."""
         lines = []
         while self.todo and not self.waiting:
-            line = self.todo.popleft()
-            self.waiting = "shouldQuery" in line
-            lines.append(json.dumps(line))
+            line, self.waiting = self.todo.popleft()
+            lines.append(line)
         if lines:
             self.send("\n".join(lines))
 
@@ -1194,9 +1197,13 @@ class Claude:
 
     def write(self) -> None:
         """Write what the pipe takes. A CLI that is gone shows at its stdout."""
-        with contextlib.suppress(BlockingIOError, BrokenPipeError):
+        try:
             while self.outbox:
                 del self.outbox[: os.write(self.stdin.fileno(), self.outbox)]
+        except BlockingIOError:
+            pass
+        except BrokenPipeError:
+            self.outbox.clear()
 
     def read(self) -> Optional[List[Json]]:
         """The lines that have come, less those settled here; None at the end. Raises
@@ -1208,7 +1215,7 @@ class Claude:
         head, newline, tail = data.rpartition(b"\n")
         if not newline:
             self.partial.append(data)
-            if len(self.partial) << 16 > MAX_LINE:
+            if sum(map(len, self.partial)) > MAX_LINE:
                 raise bad_gateway("The Claude CLI printed a line without an end.")
             return []
         lines = b"".join([*self.partial, head]).split(b"\n")
@@ -1230,7 +1237,7 @@ class Claude:
         if self.trace:
             mode = os.O_WRONLY | os.O_CREAT | os.O_APPEND
             with contextlib.suppress(OSError):  # a full disk stops no answer
-                file = os.open(f"{self.trace}.{name}", mode, 0o600)
+                file = os.open(f"{self.trace}.{name}", mode | os.O_NOFOLLOW, 0o600)
                 with open(file, "wb") as copy:
                     copy.write(data)
 
@@ -1238,12 +1245,12 @@ class Claude:
         """Whether this line is none of the answer; what it asks for is done then."""
         kind = line.get("type")
         if kind == "stream_event":
-            self.heard = time.monotonic()
+            self.alive_at = time.monotonic()
         elif kind == "control_request":
             self.serve(line)
             return True
         elif kind == "result" and self.waiting and not line.get("is_error"):
-            self.waiting, self.heard = False, time.monotonic()
+            self.waiting, self.alive_at = False, time.monotonic()
             self.advance()
             return True
         return False
@@ -1319,6 +1326,7 @@ def matters(line: bytes) -> bool:
 DECODER = json.JSONDecoder()
 # What code that reads a line meets where the line is not of the shape we know.
 STRANGE = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError)
+STRANGE += (RecursionError,)
 
 
 def strange_line() -> APIError:
@@ -1332,18 +1340,18 @@ def parse_line(line: bytes) -> Json:
         raise bad_gateway("The Claude CLI printed what is no JSON.") from None
 
 
-Heard = Tuple[Optional[Claude], Optional[Json]]
+Event = Tuple[Optional[Claude], Optional[Json]]
 
 
 def listen(
-    claudes: List[Claude], client: socket.socket, patience: float
-) -> Iterator[Heard]:
+    claudes: List[Claude], client: TimedReader, patience: float
+) -> Iterator[Event]:
     """Yield (process, line) for what the CLIs print, (process, None) at the end of one,
     and (None, None) when there is no more for now, at least every tick, until all have
     been stopped.
 
-    One selector serves their pipes and watches the client's socket, so that nobody else
-    is needed to notice that it left. Raises Disconnected, and APIError 504 after
+    One selector serves their pipes and watches the client, so that nobody else is
+    needed to notice that it left. Raises Disconnected, and APIError 504 after
     `patience` seconds without a sign of life.
     """
     running = list(claudes)
@@ -1356,26 +1364,27 @@ def listen(
             for claude in running:
                 watch_stdin(selector, claude)
             for key, _ in selector.select(TICK_SECONDS):
-                for line in heard(selector, key):
+                for line in serve_pipe(selector, key):
                     yield key.data, line
             for claude in running[:]:
                 if claude.stopped:
                     running.remove(claude)
                     forget(selector, claude)
-                elif time.monotonic() - claude.heard > patience:
+                elif time.monotonic() - claude.alive_at > patience:
                     message = f"Claude was silent for {patience:g} seconds."
                     raise APIError(504, message, "timeout_error", "timeout")
             yield None, None
 
 
-def heard(selector: selectors.BaseSelector, key: Any) -> List[Optional[Json]]:
-    """Serve a pipe that is ready -> the lines that came; [None] at their end. The
-    client's socket has no data: it has left, or sends its next request already."""
+def serve_pipe(selector: selectors.BaseSelector, key: Any) -> List[Optional[Json]]:
+    """Serve what is ready -> the lines that came; [None] at their end. (A client that
+    is ready has left, or sends its next request already.)"""
     claude = key.data
     if claude is None:
-        if has_left(key.fileobj):
+        if key.fileobj.has_left():
             raise Disconnected
-        selector.unregister(key.fileobj)
+        if key.fileobj.is_full():
+            selector.unregister(key.fileobj)
     elif key.fileobj is claude.stdin:
         claude.write()
     elif key.fileobj is claude.stderr:
@@ -1405,15 +1414,6 @@ def forget(selector: selectors.BaseSelector, claude: Claude) -> None:
             selector.unregister(pipe)
 
 
-def has_left(client: socket.socket) -> bool:
-    """Whether the client has closed its end."""
-    with selectors.DefaultSelector() as selector:
-        selector.register(client, selectors.EVENT_READ)
-        with contextlib.suppress(OSError):
-            return bool(selector.select(0)) and not client.recv(1, socket.MSG_PEEK)
-    return True
-
-
 class Wish(NamedTuple):
     """A spare to be: all of None and [] makes a blank one."""
 
@@ -1432,14 +1432,16 @@ class Keeper:
 
     They are started, and told ahead, by the main thread when an answer is out: it has
     nothing else to do, so no thread is needed for it and the request that caused it is
-    not delayed. `lock` guards all lists and the spares in them, is owned by this
-    object, and is held for no wait, so it can't deadlock; `selector` is the main
-    thread's, into which the spares' pipes are put.
+    not delayed. `lock` guards all lists and the spares in them, and is held for no
+    wait, so it can't deadlock; a signal's handler may take it again. `probing` is held
+    while the CLI is asked who it is, with no other lock in hand. `selector`, where the
+    spares' pipes are, is waited for by the main thread; who takes a spare unregisters
+    it there, which epoll and kqueue allow meanwhile.
     """
 
     def __init__(self, chosen: str = "", most: int = 0, trace: str = ""):
         self.chosen, self.most, self.trace = chosen, most, trace
-        self.lock = threading.Lock()
+        self.lock, self.probing = threading.RLock(), threading.Lock()
         self.live: Set[Claude] = set()  # answering
         self.dying: List[Claude] = []  # sent a signal, not reaped yet
         self.spares: List[Claude] = []  # the one used least recently first
@@ -1448,24 +1450,31 @@ class Keeper:
         self.selector = selectors.DefaultSelector()
         self.found: Optional[Program] = None
         self.login: Optional[bool] = None  # None: not known
-        self.looked = 0.0  # when the login was last looked for
+        self.look_at = 0.0  # when to look again for a login
         self.home = tempfile.mkdtemp(prefix="claude-max-proxy-")  # 0700; the CLIs' cwd
 
     def program(self) -> Program:
         """The installed CLI, probed again when it was replaced. Raises APIError 503."""
-        found = self.found
-        if not found or found.stamp != stamp_of(found.path):
-            self.found = None
-            found = self.found = probe(find_claude(self.chosen))
-        return found
+        with self.probing:
+            found = self.found
+            if not found or found.stamp != stamp_of(found.path):
+                self.found = None
+                found = self.found = probe(find_claude(self.chosen))
+            return found
 
     def has_login(self) -> bool:
         """Whether the CLI is logged in; a "no" is doubted again, not too often."""
-        is_due = self.login is None or time.monotonic() > self.looked + LOGIN_SECONDS
-        if not self.login and is_due:
-            self.login = is_logged_in(self.program().path)
-            self.looked = time.monotonic()
-        return self.login
+        path = self.program().path
+        with self.probing:
+            if not self.login and time.monotonic() > self.look_at:
+                self.login = is_logged_in(path)
+                self.look_at = time.monotonic() + LOGIN_SECONDS
+            return bool(self.login)
+
+    def login_refused(self) -> None:
+        """The API says so; `claude auth status` only knows that there is a login."""
+        self.login, self.look_at = False, time.monotonic() + REFUSED_SECONDS
+        self.drop(lambda claude: True)  # they know the old login
 
     def start(self, ask: Ask) -> Claude:
         """A process that has been told all of `ask`. Raises APIError 503."""
@@ -1473,7 +1482,11 @@ class Keeper:
         claude = self.take(ask, program) or self.spawn(program, ask.spawn)
         with self.lock:
             self.live.add(claude)
-        claude.tell(ask.setup, ask.turns, query=True)
+        try:
+            claude.tell(ask.setup, ask.turns, query=True)
+        except RecursionError:
+            self.retire(claude)
+            raise too_deep() from None
         return claude
 
     def take(self, ask: Ask, program: Program) -> Optional[Claude]:
@@ -1482,7 +1495,8 @@ class Keeper:
             usable = [c for c in self.spares if c.is_usable(program) and c.fits(ask)]
             if not usable:
                 return None
-            return self.release(max(usable, key=Claude.told))
+            most = max(usable, key=lambda c: (len(c.turns), c.setup is not None))
+            return self.release(most)
 
     def spawn(self, program: Program, spawn: Spawn) -> Claude:
         try:
@@ -1524,15 +1538,14 @@ class Keeper:
     def tick(self) -> None:
         """Reap what has ended, retire old spares, start those wished for. The main
         thread's part."""
-        with self.lock:
-            dying, self.dying = self.dying, []
-        still = [claude for claude in dying if not claude.is_gone()]
-        with self.lock:
-            self.dying += still
+        for claude in self.dying[:]:
+            if claude.is_gone():
+                with self.lock:
+                    self.dying.remove(claude)
         while self.wishes:
-            wish = self.wishes[0]
-            with contextlib.suppress(APIError):  # the next request will say it
-                self.add(self.spawn(self.program(), wish.spawn), wish)
+            if self.found:  # or the next request finds it, or says what is wrong
+                with contextlib.suppress(APIError):
+                    self.add(self.spawn(self.found, self.wishes[0].spawn), self.wishes[0])
             self.wishes.pop(0)
         too_old = time.monotonic() - SPARE_SECONDS
         self.drop(lambda claude: claude.born < too_old)
@@ -1544,7 +1557,8 @@ class Keeper:
             self.selector.register(claude.stdout, selectors.EVENT_READ, claude)
             self.selector.register(claude.stderr, selectors.EVENT_READ, claude)
             if wish.setup:
-                claude.tell(wish.setup, wish.turns, query=False)
+                with contextlib.suppress(RecursionError):  # then it stays a blank one
+                    claude.tell(wish.setup, wish.turns, query=False)
             watch_stdin(self.selector, claude)
             surplus = self.spares[: -self.most]
         self.drop(lambda claude: claude in surplus)
@@ -1556,14 +1570,16 @@ class Keeper:
             if key.data not in self.spares:
                 return  # it was taken in this very moment
             try:
-                lines = heard(self.selector, key)
+                lines = serve_pipe(self.selector, key)
                 failed = any(line is None or line.get("is_error") for line in lines)
             except APIError:
                 failed = True
-            if not failed:
+            if failed:
+                self.release(key.data)
+            else:
                 watch_stdin(self.selector, key.data)
         if failed:
-            self.drop(lambda claude: claude is key.data)
+            self.retire(key.data)
 
     def drop(self, unwanted: Any) -> None:
         """Retire the spares for which `unwanted` holds."""
@@ -1694,7 +1710,8 @@ class Answer:
         if kind == "text_delta":
             return self.say("content", delta["text"])
         if kind == "input_json_delta":
-            self.block["told"] = True
+            if delta["partial_json"]:  # the first piece is always empty
+                self.block["told"] = True
             return self.say(self.channel, delta["partial_json"])
         if kind == "thinking_delta":
             self.block["thinking"] += delta["thinking"]
@@ -1798,7 +1815,7 @@ class Answer:
             return text[len(said) :]
         if not said.startswith(text):
             raise told_differently()
-        self.again[channel] = said[len(text) :]
+        self.again[channel] = said[len(text) :]  # never "", see above
         return ""
 
     def hold_back(self, text: str) -> str:
@@ -1819,6 +1836,9 @@ class Answer:
         """The message is complete: let go of what was held back."""
         if self.finish_reason:
             return None  # it was cut at a stop string
+        untold = self.again.keys() - {"reasoning_content"}
+        if untold or self.call_count < len(self.calls):
+            raise told_differently()
         self.finish_reason = FINISH_REASONS.get(reason, "stop")
         if reason == "tool_use" and not self.calls:
             self.finish_reason = "stop"  # it was the structured output's own tool
@@ -1832,6 +1852,11 @@ def string(value: Any) -> str:
     return value
 
 
+def printable(text: str) -> str:
+    """As one word of a log line."""
+    return re.sub(r"[^!-~]", "?", text)
+
+
 def told_differently() -> APIError:
     message = "The connection broke, and Claude began another answer."
     return bad_gateway(message, "stream_interrupted")
@@ -1843,6 +1868,12 @@ def open_end(text: str, stop: str) -> int:
         if text.endswith(stop[:size]):
             return size
     return 0
+
+
+def tells(delta: Delta) -> bool:
+    """Whether it brings something of the answer, not just a sign of life."""
+    _, told, reason = delta
+    return bool(reason or told.get("content") or len(told.keys() - {"role", "content"}))
 
 
 def openai_usage(usages: List[Dict[str, int]]) -> Json:
@@ -1911,9 +1942,8 @@ class Reply:
         self.ask, self.id, self.created = ask, id, created
         self.model = ask.requested  # until the API tells its own name for it
         self.choices: Dict[int, Choice] = {}
-        self.body = b""  # of the request, for --trace
         self.usage: Optional[Json] = None
-        self.first: Optional[float] = None  # seconds until its first delta
+        self.first: Optional[float] = None  # seconds until its first token
         self.around: Dict[Any, List[str]] = {}  # what chunks of one kind share
 
     def add(self, index: int, delta: Json, reason: Optional[str] = None) -> Delta:
@@ -1950,7 +1980,7 @@ class Reply:
 
     def notes(self) -> Json:
         """What the log says of it."""
-        notes: Json = {"model": self.model[:60]}
+        notes: Json = {"model": printable(self.model)[:60]}
         if self.first is not None:
             notes["first"] = f"{self.first:.3f}"
         if self.usage:
@@ -1987,7 +2017,7 @@ class Gate:
         self.queue: collections.deque = collections.deque()
         self.changed = threading.Condition()
 
-    def enter(self, places: int, client: socket.socket) -> Iterator[None]:
+    def enter(self, places: int, client: TimedReader) -> Iterator[None]:
         """Yield while waiting. Raises APIError 429, Disconnected."""
         ticket = object()
         if places > self.width:
@@ -2001,7 +2031,7 @@ class Gate:
         try:
             while not self.admitted(ticket, places):
                 yield None
-                if has_left(client):
+                if client.has_left():
                     raise Disconnected
         finally:
             with self.changed:
@@ -2023,11 +2053,6 @@ class Gate:
         with self.changed:
             self.active -= places
             self.changed.notify_all()
-
-    def is_idle(self, seconds: float) -> bool:
-        """Whether nothing is active any more, now or within some seconds."""
-        with self.changed:
-            return self.changed.wait_for(lambda: not self.active, seconds)
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -2054,6 +2079,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.limit_told: Tuple[Any, Any] = (None, None)  # its type and status
         self.started = time.monotonic()
         self.stopping = False
+        self.busy: Set[Handler] = set()  # whose request is not answered yet
         self.woken, self.waker = socket.socketpair()  # ends the main thread's wait
         for end in (self.woken, self.waker):
             end.setblocking(False)
@@ -2087,43 +2113,56 @@ class Server(http.server.ThreadingHTTPServer):
             self.keeper.tick()
 
     def accept(self) -> None:
-        with contextlib.suppress(OSError):  # it was gone again; or no descriptor left
-            self.process_request(*self.get_request())
+        try:
+            connection, address = self.get_request()
+        except OSError:  # it was gone again; or no descriptor is left
+            return time.sleep(0.01)
+        try:
+            self.process_request(connection, address)
+        except RuntimeError:  # no thread is left
+            self.shutdown_request(connection)
 
     def drain(self) -> None:
         """Give answers in flight a moment, then end every process."""
         self.server_close()
         self.keeper.spare_no_more()
         deadline = time.monotonic() + DRAIN_SECONDS
-        while not self.gate.is_idle(TICK_SECONDS / 5) and time.monotonic() < deadline:
+        while self.busy and time.monotonic() < deadline:
             self.keeper.tick()
+            time.sleep(0.01)
         self.keeper.stop_all(signal.SIGTERM)
-        while self.keeper.live or self.keeper.dying:
+        while self.busy or self.keeper.dying:
             if time.monotonic() > deadline + TERM_SECONDS:
                 self.keeper.stop_all(signal.SIGKILL)
+                self.busy.clear()  # whoever does not read is not waited for
             self.keeper.tick()
             time.sleep(0.01)
         self.keeper.close()
         self.woken.close()
         self.waker.close()
 
-    def answer(self, reply: Reply, client: socket.socket) -> Iterator[Optional[Delta]]:
+    def answer(
+        self, reply: Reply, client: TimedReader, body: bytes
+    ) -> Iterator[Optional[Delta]]:
         """The deltas of one response; None when there is no more for now. After some
         silence comes one that changes nothing. (A comment would not reset the watchdogs
-        of some clients.)"""
-        begun = time.monotonic()
-        alive = begun + ALIVE_SECONDS
-        with contextlib.closing(self.run(reply, client)) as deltas:
+        of some clients.) `body` is the request's, for --trace."""
+        begun = spoke = time.monotonic()
+        with contextlib.closing(self.run(reply, client, body)) as deltas:
             for delta in deltas:
+                now = time.monotonic()
                 if delta is not None:
-                    alive = time.monotonic() + ALIVE_SECONDS
-                    reply.first = reply.first or alive - ALIVE_SECONDS - begun
-                elif time.monotonic() > alive:
-                    alive += ALIVE_SECONDS
+                    spoke = now
+                    if reply.first is None and tells(delta):
+                        reply.first = now - begun
+                elif now > spoke + ALIVE_SECONDS:
+                    spoke = now
                     yield reply.add(0, {"content": ""})
                 yield delta
 
-    def run(self, reply: Reply, client: socket.socket) -> Iterator[Optional[Delta]]:
+    def run(
+        self, reply: Reply, client: TimedReader, body: bytes
+    ) -> Iterator[Optional[Delta]]:
         """A process for each choice, from its place in the queue to its end."""
         ask = reply.ask
         yield from self.gate.enter(ask.n, client)
@@ -2132,12 +2171,11 @@ class Server(http.server.ThreadingHTTPServer):
             self.refuse_when_stopping()
             for _ in range(ask.n):
                 claudes.append(self.keeper.start(ask))
-                claudes[-1].tee("request.json", reply.body)
+                claudes[-1].tee("request.json", body)
             yield from self.converse(reply, claudes, client)
         except APIError as error:
             if error.status == 401:
-                self.keeper.login = False  # for /health, until an answer comes
-                self.keeper.drop(lambda claude: True)  # they know the old login
+                self.keeper.login_refused()
             raise
         finally:
             for claude in claudes:
@@ -2145,18 +2183,18 @@ class Server(http.server.ThreadingHTTPServer):
             self.gate.leave(ask.n)
 
     def converse(
-        self, reply: Reply, claudes: List[Claude], client: socket.socket
+        self, reply: Reply, claudes: List[Claude], client: TimedReader
     ) -> Iterator[Optional[Delta]]:
         ask, now = reply.ask, time.time()
         answers = {claude: Answer(ask, i, now) for i, claude in enumerate(claudes)}
-        heard = listen(claudes, client, self.settings.timeout)
-        with contextlib.closing(heard):
-            for claude, line in heard:
+        lines = listen(claudes, client, self.settings.timeout)
+        with contextlib.closing(lines):
+            for claude, line in lines:
                 if claude is None:
                     yield None
                     continue
                 if claude.stopped:
-                    continue  # its answer is complete; these lines came behind it
+                    continue  # what came behind its answer, or behind our signal
                 if line is None:
                     raise self.died(claude)
                 answer = answers[claude]
@@ -2170,8 +2208,10 @@ class Server(http.server.ThreadingHTTPServer):
                     yield reply.add(answer.index, {}, answer.finish_reason)
                 elif line["type"] == "rate_limit_event":
                     self.note_limit(line["rate_limit_info"])
+        if not all(answer.finish_reason for answer in answers.values()):
+            raise unavailable("The server is stopping.", "stopping")
         reply.usage = openai_usage([answer.usage for answer in answers.values()])
-        self.learn(ask, list(answers.values()), reply.choices[0].message())
+        self.learn(list(answers.values()))
 
     def note_limit(self, info: Json) -> None:
         """Keep what the CLI tells of the plan's limit, for /health; log it when it
@@ -2197,9 +2237,9 @@ class Server(http.server.ThreadingHTTPServer):
         message = f"The Claude CLI ended (exit code {code}) before its answer did."
         return bad_gateway(message, "cli_died")
 
-    def learn(self, ask: Ask, answers: List[Answer], message: Json) -> None:
-        """An answer is complete: keep its signed thinking for the tool loop's next
-        request, and let the Keeper get ready for it."""
+    def learn(self, answers: List[Answer]) -> None:
+        """An answer is complete: keep its signed thinking for the next request of its
+        tool loop."""
         self.keeper.login = True
         for answer in answers:
             if answer.calls:
@@ -2207,13 +2247,20 @@ class Server(http.server.ThreadingHTTPServer):
                 self.thoughts[answer.calls[0]["id"]] = thought
         while len(self.thoughts) > MAX_THOUGHTS:
             self.thoughts.pop(next(iter(list(self.thoughts))), None)
-        goes_on = "tool_calls" in message or len(ask.turns) > 1
-        turns: List[Json] = []
-        if goes_on and ask.n == 1 and (message["content"] or "tool_calls" in message):
-            script = Transcript(self.thoughts, ask.spawn.model, ask.turns)
-            script.add(message, "answer")
-            turns = script.turns
-        self.keeper.wish_for_next(ask, turns)
+
+    def prepare(self, reply: Reply) -> None:
+        """An answer is out: let the Keeper get ready for the next request, and the main
+        thread work."""
+        if reply.usage:
+            ask, message = reply.ask, reply.choices[0].message()
+            calls = "tool_calls" in message
+            turns: List[Json] = []
+            if ask.n == 1 and (calls or (len(ask.turns) > 1 and message["content"])):
+                script = Transcript(self.thoughts, ask.spawn.model, ask.turns)
+                script.add(message, "answer")
+                turns = script.turns
+            self.keeper.wish_for_next(ask, turns)
+        self.wake()
 
     def health(self) -> Tuple[int, Json]:
         """-> (status, body) of /health."""
@@ -2243,11 +2290,35 @@ class TimedReader(io.RawIOBase):
     def __init__(self, connection: socket.socket):
         self.connection = connection
         self.deadline: Optional[float] = None  # None: between requests
+        self.ahead = bytearray()  # came while the last request was being answered
 
     def readable(self) -> bool:
         return True
 
+    def fileno(self) -> int:
+        return self.connection.fileno()
+
+    def has_left(self) -> bool:
+        """Whether the client has closed its end. What it sends instead is kept."""
+        self.connection.setblocking(False)  # who reads or writes sets its own time-out
+        try:
+            data = b"" if self.is_full() else self.connection.recv(MAX_AHEAD)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        self.ahead += data
+        return not data
+
+    def is_full(self) -> bool:
+        return len(self.ahead) >= MAX_AHEAD
+
     def readinto(self, buffer: Any) -> int:
+        if self.ahead:
+            count = min(len(buffer), len(self.ahead))
+            buffer[:count] = self.ahead[:count]
+            del self.ahead[:count]
+            return count
         now = time.monotonic()
         left = IDLE_SECONDS if self.deadline is None else self.deadline - now
         if left <= 0:
@@ -2275,6 +2346,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         self.reader.deadline = None
         self.reply: Optional[Reply] = None
+        self.headers = None  # of the request before
+        self.opening = b""  # of a stream: goes out with the first event
         self.status = 0
         self.body_unread = self.streaming = self.chunked = False
         self.pending: List[str] = []  # events to be sent
@@ -2286,13 +2359,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer(self) -> None:
         """Any method of any path."""
         begun = time.monotonic()
-        self.body_unread = "Content-Length" in self.headers or self.is_chunked()
+        self.server.busy.add(self)
         try:
             self.route()
         except APIError as error:
             self.fail(error)
         except (Disconnected, OSError):
-            self.status = self.status or 499  # nginx's word for a client that left
+            self.status = 499  # nginx's word for a client that left
             self.close_connection = True
         except Exception as error:  # a bug of ours must not look like a hang-up
             trace = error.__traceback__
@@ -2301,10 +2374,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             where = f"line {trace.tb_lineno}" if trace else "?"
             log(f"internal error: {type(error).__name__}, {where}")  # no prompt text
             self.fail(APIError(500, "Internal error of the proxy.", "api_error"))
+        self.server.busy.discard(self)
         self.log_answer(time.monotonic() - begun)
         self.skip_body()
 
-    do_GET = do_HEAD = do_POST = do_OPTIONS = do_PUT = do_PATCH = do_DELETE = answer
+    def __getattr__(self, name: str) -> Any:
+        """http.server asks for do_GET and so on: route() knows what is allowed."""
+        if name.startswith("do_"):
+            return self.answer
+        raise AttributeError(name)
 
     def route(self) -> None:
         self.guard()
@@ -2325,6 +2403,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def guard(self) -> None:
         """Who may ask. Raises APIError 400, 401, 403, 503."""
+        self.body_unread = any(
+            self.headers.get(name, "0") != "0"
+            for name in ("Content-Length", "Transfer-Encoding")
+        )
+        if "close" in re.split(r"[\s,]+", self.headers.get("Connection", "").lower()):
+            self.close_connection = True
+        if self.headers.defects or any(re.search(r"[\r\n]", x) for x in self.headers.values()):
+            self.close_connection = True  # who knows what else was meant as a header
+            raise APIError(400, "A header is malformed.")
         hosts = self.headers.get_all("Host") or []
         if len(hosts) > 1 or (not hosts and self.request_version != "HTTP/1.0"):
             raise APIError(400, "A request needs one Host header.")
@@ -2339,7 +2426,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if key and self.command != "OPTIONS":
             given = self.headers.get("Authorization", "").partition(" ")[2].strip()
             given = given or self.headers.get("X-Api-Key", "")
-            if not is_same(given, key):
+            if not is_same(given.encode("latin-1", "replace"), key.encode()):
                 message, code = "Incorrect API key provided.", "invalid_api_key"
                 raise APIError(401, message, "authentication_error", code)
         self.server.refuse_when_stopping()
@@ -2385,11 +2472,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             ask = parse_request(self.read_json(), self.server.thoughts)
         except RecursionError:
-            raise bad("", "The JSON is nested too deeply.") from None
+            raise too_deep() from None
         name, now = "chatcmpl-" + os.urandom(12).hex(), int(time.time())
         self.reply = Reply(ask, name, now)
-        self.reply.body = self.body
-        deltas = self.server.answer(self.reply, self.connection)
+        deltas = self.server.answer(self.reply, self.reader, self.body)
         try:
             with contextlib.closing(deltas):
                 if ask.stream:
@@ -2397,7 +2483,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 collections.deque(deltas, maxlen=0)
             self.send_json(200, self.reply.completion())
         finally:
-            self.server.wake()  # the main thread's turn, now that all is sent
+            self.server.prepare(self.reply)
 
     ROUTES = {
         "/health": {"GET": get_health, "OPTIONS": preflight},
@@ -2407,9 +2493,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     }
 
     # Reading.
-
-    def is_chunked(self) -> bool:
-        return "Transfer-Encoding" in self.headers
 
     def handle_expect_100(self) -> bool:
         """Leave "100 Continue" to read_body(): it comes after the guards."""
@@ -2431,41 +2514,42 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def read_body(self) -> bytes:
         """By Content-Length or chunked (RFC 9112, 6 and 7.1), never both."""
         lengths = self.headers.get_all("Content-Length") or []
-        coding = self.headers.get("Transfer-Encoding", "").strip().lower()
-        if len(lengths) + bool(coding) > 1 or coding not in ("", "chunked"):
+        codings = self.headers.get_all("Transfer-Encoding") or []
+        chunked = [coding.strip().lower() for coding in codings] == ["chunked"]
+        if len(lengths) + len(codings) > 1 or bool(codings) is not chunked:
             raise bad("", "The length of the request body is ambiguous.")
         length = lengths[0].strip() if lengths else "0"
         if not re.fullmatch(r"[0-9]{1,18}", length):
             raise bad("", "Content-Length must be a number.")
         if int(length) > MAX_BODY:
             raise too_large()
-        if self.headers.get("Expect", "").lower() == "100-continue":
+        expects = self.headers.get("Expect", "").strip().lower() == "100-continue"
+        if expects and self.request_version != "HTTP/1.0":
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.reader.deadline = time.monotonic() + REQUEST_SECONDS
-        raw = self.read_chunked() if coding else self.rfile.read(int(length))
+        raw = self.read_chunked() if chunked else self.rfile.read(int(length))
         if len(raw) < int(length):
             raise Disconnected
         return raw
 
     def read_chunked(self) -> bytes:
-        parts, total = [], 0
+        body = bytearray()
         while True:
             line = self.rfile.readline(1024)
             size = re.match(rb"([0-9a-fA-F]{1,8})[ \t]*(;.*)?\r?\n", line)
             if not size:
                 raise bad("", "The chunked request body is malformed.")
             count = int(size[1], 16)
-            total += count
-            if total > MAX_BODY:
+            if len(body) + count > MAX_BODY:
                 raise too_large()
             if not count:
                 break
-            parts.append(self.rfile.read(count))
+            body += self.rfile.read(count)
             if self.rfile.readline(2) not in (b"\r\n", b"\n"):
                 raise bad("", "The chunked request body is malformed.")
         for _ in range(100):  # trailers
             if self.rfile.readline(1 << 16) in (b"\r\n", b"\n", b""):
-                return b"".join(parts)
+                return bytes(body)
         raise bad("", "The chunked request body has too many trailers.")
 
     def skip_body(self) -> None:
@@ -2484,9 +2568,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_json(self, status: int, body: Any, headers: Optional[Json] = None) -> None:
         data = b"" if body is None else json.dumps(body).encode()
-        head = {"Content-Length": str(len(data)), **(headers or {})}
-        if data:
-            head["Content-Type"] = "application/json"
+        head = dict(headers or {})
+        if body is not None:  # a 204 has no length (RFC 9110, 8.6)
+            head.update({"Content-Type": "application/json"})
+            head.update({"Content-Length": str(len(data))})
         self.send(self.head(status, head) + (b"" if self.command == "HEAD" else data))
 
     def head(self, status: int, headers: Json) -> bytes:
@@ -2545,30 +2630,33 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = self.close_connection or not self.chunked
         headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
         headers.update({"Transfer-Encoding": "chunked"} if self.chunked else {})
-        self.send(self.head(200, headers))
+        self.opening = self.head(200, headers)
 
     def flush(self, end: bytes = b"") -> None:
         data = "".join(self.pending).encode()
         self.pending.clear()
         if self.chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data) + end
-        self.send(data)
+        self.send(self.opening + data)
+        self.opening = b""
 
     def fail(self, error: APIError) -> None:
-        """The one renderer of errors."""
+        """The one renderer of errors (stream() puts those of its middle into events)."""
+        if self.streaming:  # a bug of ours: a second head would be part of the answer
+            self.close_connection = True
+            return
         with contextlib.suppress(OSError):
             self.send_json(error.status, error.body, error.headers)
 
     def send_error(self, code: int, message: Any = None, explain: Any = None) -> None:
         """http.server's own complaints about a malformed request, in our shape."""
         self.close_connection = True
-        self.headers = getattr(self, "headers", None)
         self.fail(APIError(int(code), str(message or self.responses[code][0])[:200]))
         self.log_answer(0.0)
 
     def log_answer(self, seconds: float) -> None:
         """Time, status, method, path; then what is known, as name=value."""
-        path = re.sub(r"[^!-~]", "?", getattr(self, "path", "?").split("?")[0])[:80]
+        path = printable(getattr(self, "path", "?").split("?")[0])[:80]
         told = self.reply.notes() if self.reply else {}
         notes = "".join(f" {name}={value}" for name, value in told.items())
         log(f"{self.status} {self.command or '?'} {path}{notes} total={seconds:.3f}")
@@ -2585,16 +2673,20 @@ def forbidden(message: str) -> APIError:
     return APIError(403, message, "permission_error", "origin_not_allowed")
 
 
+def too_deep() -> APIError:
+    return bad("", "The JSON is nested too deeply.")
+
+
 def too_large() -> APIError:
     message = f"The request body is larger than {MAX_BODY >> 20} MiB."
     return APIError(413, message, code="request_too_large")
 
 
-def is_same(given: str, key: str) -> bool:
+def is_same(given: bytes, key: bytes) -> bool:
     """In a time that does not tell how much of it is right."""
     import hmac
 
-    return hmac.compare_digest(given.encode(), key.encode())
+    return hmac.compare_digest(given, key)
 
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -2712,6 +2804,8 @@ def main() -> int:
         print(f"claude_max_proxy: {bind_problem(settings, error)}", file=sys.stderr)
         return 2
 
+    serving = False
+
     def stop(number: int, frame: Any) -> None:
         if server.stopping:  # the second signal: at once
             server.keeper.stop_all(signal.SIGKILL)
@@ -2719,12 +2813,18 @@ def main() -> int:
             os._exit(1)
         server.stopping = True
         server.wake()
+        if not serving:
+            raise SystemExit  # and end the CLI that announce() asks
 
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    announce(server)
-    server.serve()
-    server.drain()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, stop)
+    try:
+        announce(server)
+        serving = True
+        server.serve()
+    finally:
+        server.drain()
     return 0
 
 

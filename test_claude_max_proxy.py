@@ -66,9 +66,9 @@ def events(wish, tools=(), model="claude-mock-1", prompt=(10, 0, 0)):
     for i, name in enumerate(calls):
         use = {"type": "tool_use", "id": f"toolu_{time.time_ns()}{i}", "name": name}
         text = wish.get("input", '{"city":"Paris"}')
-        pieces = (
-            [] if text == "none" else [text[k : k + 7] for k in range(0, len(text), 7)]
-        )
+        pieces = [""]  # as the API begins
+        if text != "none":
+            pieces += [text[k : k + 7] for k in range(0, len(text), 7)]
         blocks.append(({**use, "input": {}}, pieces))
     count = 0
     keys = {"text": "text", "thinking": "thinking", "tool_use": "partial_json"}
@@ -938,9 +938,9 @@ class Proxy:
             return b"".join(iter(lambda: connection.recv(65536), b""))
 
     def quiet(self):
-        keeper = self.server.keeper
-        self.server.wake()
-        return not (self.server.gate.active or keeper.live or keeper.dying)
+        server, keeper = self.server, self.server.keeper
+        server.wake()
+        return not (server.busy or server.gate.active or keeper.live or keeper.dying)
 
 
 @pytest.fixture(scope="module")
@@ -1136,7 +1136,7 @@ def test_not_found_and_not_allowed(server):
     assert reply.status == 405 and reply.headers["Allow"] == "POST, OPTIONS"
     reply = server.request("DELETE", "/v1/models")
     assert reply.status == 405 and "HEAD" in reply.headers["Allow"]
-    assert b"HTTP/1.1 501 " in server.raw(b"BREW / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert server.request("BREW", "/v1/models").status == 405
 
 
 def test_head(server):
@@ -1314,6 +1314,8 @@ TAKEN = {
     "tools[].function.description": "n", "tools[].function.strict": "*",
     "tools[].function.parameters": "n", "tools[].function.parameters.required": "nb",
     "tools[].function.parameters.properties": "n",
+    "tools[].function.parameters.type": "n",
+    "response_format.json_schema.schema.type": "n",
     "tools[].function.parameters.properties.a": "b",
     "tools[].function.parameters.properties.a.type": "*",
     "response_format.json_schema.name": "*", "response_format.json_schema.strict": "*",
@@ -1559,7 +1561,8 @@ def test_nothing_of_a_request_is_in_argv(server):
 
 
 def test_the_environment_is_closed(make, monkeypatch):
-    for name in (*proxy.WITHHELD, *proxy.SPAWN_VARIABLES):
+    own = "CLAUDE_MAX_PROXY_API_KEY"
+    for name in (own, *proxy.WITHHELD, *proxy.SPAWN_VARIABLES):
         monkeypatch.setenv(name, "LEAK")
     monkeypatch.setenv("CLAUDE_CODE_OAUTH_TOKEN", "kept")
     told = make().told("x")
@@ -1643,6 +1646,20 @@ def test_a_broken_stream_is_completed(server, wish):
 def test_a_broken_stream_that_goes_on_otherwise_is_an_error(server):
     reply = server.chat("mock:cut=2 mock:else=Other", stream=True)
     assert reply.error["code"] == "stream_interrupted" and not reply.done
+
+
+def test_an_answer_told_again_must_tell_all_that_was_said():
+    for first, again in [
+        ("mock:tool=f,g", "mock:tool=f"),
+        ("mock:tokens=5", "mock:tokens=3"),
+        ("mock:tokens=5", "mock:tool=f mock:notext"),
+    ]:
+        answer = proxy.Answer(ask_of())
+        for line in transcript(first)[:-3]:
+            answer.feed(line)
+        with pytest.raises(proxy.APIError, match="began another answer"):
+            for line in transcript(again):
+                answer.feed(line)
 
 
 def test_large_answers_are_the_same_streamed_and_not(server):
@@ -1784,12 +1801,57 @@ def send_request(port, text, stream, before=()):
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("wish", ["mock:hang", "mock:tokens=99 mock:gap_ms=60000"])
-def test_a_client_that_leaves_ends_its_cli(server, stream, wish):
+@pytest.mark.parametrize("early", [b"", b"\r\n"])
+def test_a_client_that_leaves_ends_its_cli(server, stream, wish, early):
     connection = send_request(server.port, wish, stream)
+    connection.sendall(early)
     claude = until(lambda: [c for c in server.server.keeper.live if c.process.pid])[0]
     until(lambda: not claude.todo and not claude.outbox)
     connection.close()
     until(lambda: claude.process.poll() is not None, 1)
+
+
+def test_a_cli_that_closes_its_stdin_is_not_written_to_for_ever(tmp_path):
+    cli = tmp_path / "claude"
+    cli.write_text("#!/bin/sh\nexec 0<&-\nsleep 60\n")
+    cli.chmod(0o755)
+    program = proxy.Program(str(cli), (2, 1, 330), ())
+    claude = proxy.Claude(program, proxy.Spawn("x"), str(tmp_path))
+    claude.tell(proxy.Setup("x" * 3_000_000), [], query=False)
+    until(lambda: claude.write() or not claude.outbox)
+    claude.stop(signal.SIGKILL)
+    until(claude.is_gone)
+
+
+def test_what_can_not_be_told_is_a_400(server, monkeypatch):
+    def too_deep(turn, version):
+        raise RecursionError
+
+    monkeypatch.setattr(proxy, "query_line", too_deep)
+    assert server.chat("hi").status == 400
+
+
+def test_a_line_without_an_end(server, monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_LINE", 200_000)
+    assert server.chat("mock:line=100000").status == 200
+    assert server.chat("mock:line=900000").status == 502
+
+
+def test_when_descriptors_or_threads_run_out(server, monkeypatch):
+    def fails(error):
+        def fail(*_):
+            raise error
+
+        return fail
+
+    dropped = []
+    monkeypatch.setattr(server.server, "shutdown_request", dropped.append)
+    monkeypatch.setattr(server.server, "get_request", fails(OSError(24, "")))
+    server.server.accept()
+    monkeypatch.setattr(server.server, "get_request", lambda: ("connection", "address"))
+    monkeypatch.setattr(server.server, "process_request", fails(RuntimeError()))
+    server.server.accept()
+    assert dropped == ["connection"]
 
 
 def test_a_stubborn_cli_and_its_children_are_killed(server):
@@ -2416,7 +2478,8 @@ def sparing(make):
         one.server.wake()
         keeper = one.keeper
         busy = (
-            keeper.wishes
+            one.server.busy
+            or keeper.wishes
             or keeper.dying
             or any(c.todo or c.outbox or c.waiting for c in keeper.spares)
         )
@@ -2659,10 +2722,8 @@ def test_preflight(make):
     }
     one = make(api_key="KEY")
     reply = one.request("OPTIONS", "/v1/chat/completions", headers=headers)
-    assert (
-        reply.status == 204
-        and reply.headers["Access-Control-Allow-Origin"] == "http://localhost:1"
-    )
+    assert reply.status == 204 and "Content-Length" not in reply.headers
+    assert reply.headers["Access-Control-Allow-Origin"] == "http://localhost:1"
     assert (
         reply.headers["Access-Control-Allow-Headers"] == "authorization,x-stainless-os"
     )
@@ -2672,6 +2733,8 @@ def test_preflight(make):
 
 def test_api_key(make):
     one = make(api_key="KEY")
+    umlaut = {"Authorization": "Bearer ü".encode().decode("latin-1")}
+    assert make(api_key="ü").request("GET", "/health", headers=umlaut).status == 200
     for headers, status in (
         ({}, 401),
         ({"Authorization": "Bearer WRONG"}, 401),
@@ -2713,6 +2776,10 @@ POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
         (b"GET /" + b"x" * 70000 + b" HTTP/1.1\r\n\r\n", 414),
         (b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 200 + b"\r\n", 431),
         (b"GET / HTTP/3.0\r\n\r\n", 505),
+        (POST + b"Broken line\r\nContent-Length: 2\r\n\r\n{}", 400),
+        (POST + b"Origin: app://x\r\n Set-Cookie: a=b\r\n\r\n", 400),
+        (POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: x\r\n\r\n", 400),
+        (POST + b"Transfer-Encoding:\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
         (b"nonsense\r\n\r\n", 400),
     ],
 )
@@ -2788,6 +2855,7 @@ def test_a_refused_request_does_not_poison_its_connection(server):
             ("GET", "/v1/nothing", None, 404),
             ("DELETE", "/v1/models", None, 405),
             ("POST", "/v1/nothing", b"x" * 5_000_000, 404),  # read, not reset
+            ("GET", "/v1/models", b"", 200),
             ("GET", "/v1/models", None, 200),
         ]:
             connection.request(method, path, body)
@@ -2978,6 +3046,10 @@ def test_stopping_ends_an_answer_in_flight(make, monkeypatch):
         child = child_of(connection)
         one.close()
         one.close = lambda: None
+        rest = b""
+        while not rest.endswith(b"0\r\n\r\n"):
+            rest += connection.recv(65536)
+        assert b'"code": "stopping"' in rest and b"[DONE]" not in rest
         assert gone(child) and one.quiet() and not one.server.keeper.spares
 
 
@@ -3011,7 +3083,7 @@ def stopped_in(state):
                 == counts
             )
         pids = list(children(process.pid))
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGHUP if state == "idle" else signal.SIGTERM)
         return process.wait(10), [pid for pid in pids if not gone(pid)]
 
 
@@ -3027,6 +3099,53 @@ def health_of(port):
     with contextlib.closing(connection):
         connection.request("GET", "/health")
         return Result(connection.getresponse()).json
+
+
+@pytest.mark.parametrize("wish", ["mock:tokens=99 mock:gap_ms=100", "mock:hang"])
+def test_an_answer_cut_short_by_stopping_is_503(make, monkeypatch, wish):
+    monkeypatch.setattr(proxy, "DRAIN_SECONDS", 0.2)
+    one, replies = make(), []
+    thread = threading.Thread(target=lambda: replies.append(one.chat(wish)))
+    thread.start()
+    until(lambda: one.server.keeper.live)
+    one.close()
+    one.close = lambda: None
+    thread.join()
+    assert (replies[0].status, replies[0].error["code"]) == (503, "stopping")
+
+
+def test_a_client_that_does_not_read_does_not_stop_the_stopping(make, monkeypatch):
+    monkeypatch.setattr(proxy, "DRAIN_SECONDS", 0.2)
+    one = make()
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", one.port))
+        body = json.dumps(
+            {
+                "model": "opus",
+                "stream": True,
+                "messages": [user("mock:say=" + "x" * 9_000_000)],
+            }
+        )
+        head = POST + b"Content-Length: %d\r\n\r\n" % len(body)
+        connection.sendall(head + body.encode())
+        until(lambda: one.server.busy and connection.recv(1))
+        begun = time.monotonic()
+        one.close()
+        one.close = lambda: None
+        assert time.monotonic() - begun < 10  # WRITE_SECONDS are 60
+
+
+def test_a_signal_ends_a_server_whose_cli_hangs_at_the_start(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    cli = tmp_path / "claude"
+    cli.write_text("#!/bin/sh\nexec sleep 60\n")
+    cli.chmod(0o755)
+    with running("--claude", str(cli)) as (process, _):
+        until(lambda: children(process.pid))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+    assert not list(tmp_path.glob("claude-max-proxy-*"))
 
 
 def test_a_second_signal_ends_the_server_at_once():
@@ -3389,6 +3508,13 @@ def test_errors_and_log_hold_no_secret(make, logged, wish, stream, monkeypatch):
     ]
 
 
+def test_a_bug_of_ours_in_a_stream_ends_it(server, monkeypatch):
+    monkeypatch.setattr(server.server, "learn", lambda answers: {}["SECRET"])
+    with send_request(server.port, "x", True) as connection:
+        seen = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert seen.count(b"HTTP/1.1") == 1 and b"[DONE]" not in seen
+
+
 def test_a_bug_of_ours_is_a_500_without_details(server, logged, monkeypatch):
     monkeypatch.setattr(proxy, "parse_request", lambda body, thoughts: {}["SECRET"])
     reply = server.chat("SECRET")
@@ -3449,6 +3575,30 @@ def test_a_refused_login_ends_the_spares(sparing):
     assert spares_of(sparing)
     sparing.chat("mock:status=401")
     assert not sparing.keeper.spares and sparing.chat("hi").status == 200
+
+
+def test_health_believes_a_refused_login(server):
+    server.chat("mock:status=401")
+    assert server.request("GET", "/health").status == 503
+    server.chat("hi")
+    assert server.request("GET", "/health").status == 200
+
+
+def test_health_asks_the_cli_once(make, tmp_path, monkeypatch):
+    monkeypatch.setenv("STAND_IN_LOGIN", "no")
+    cli, asked = tmp_path / "claude", tmp_path / "asked"
+    cli.write_text(f'#!/bin/sh\necho >>{asked}\nexec {stand_in_path()} "$@"\n')
+    cli.chmod(0o755)
+    one = make(claude=str(cli))
+    with concurrent.futures.ThreadPoolExecutor(9) as pool:
+        list(pool.map(lambda _: one.request("GET", "/health"), range(9)))
+    assert len(asked.read_text()) == 2  # its version, and its login
+
+
+def test_a_model_name_can_not_forge_the_log(server, logged):
+    server.chat("mock:exit=1", model="x\n2026 200 GET /forged\x1b[31m/sonnet")
+    until(lambda: logged)
+    assert "model=x?2026?200?GET" in logged[0] and "\n" not in logged[0]
 
 
 def test_the_banner_says_what_to_try(capsys, make):
