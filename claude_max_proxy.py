@@ -68,6 +68,7 @@ from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Se
 # Plain HTTP needs no OpenSSL (5 of 30 MB): http.client does without the ssl module, and
 # hashlib and hmac, which would load it too, are imported where they are needed.
 SSL = sys.modules.setdefault("ssl", None)  # type: ignore
+import http.client  # noqa: E402
 import http.server  # noqa: E402
 
 if SSL is None:
@@ -139,7 +140,7 @@ class Failure(NamedTuple):
 
 
 LOGIN_CURE = "Claude Code is not logged in. Run `claude auth login`, then try again."
-NO_MODEL = "The model does not exist, or your plan does not include it."
+NO_MODEL = "The model does not exist, or your plan does not include it; see /v1/models."
 TOO_LONG = Failure(400, "invalid_request_error", "context_length_exceeded")
 
 FAILURES = {  # by `api_error_status` of the CLI's result line
@@ -175,6 +176,8 @@ def failure(status: Any, words: Tuple[Any, Any], text: str, wait: float) -> APIE
     found = found or FAILURES[500]
     message = found.message or text or "The Claude API answered with an error."
     error = APIError(found.status, message, found.type, found.code)
+    if found is FAILURES[404]:
+        error.body["error"]["param"] = "model"
     if found.status == 429 and wait > 0:
         error.headers["Retry-After"] = str(math.ceil(wait))
     return error
@@ -206,7 +209,8 @@ def number(kind: type, least: float, most: float = math.inf) -> Any:
             raise ValueError(text)
         return value
 
-    parse.__name__ = "number"  # what argparse calls it in its complaint
+    most_text = "" if most == math.inf else f" to {most}"
+    parse.__name__ = f"number from {least}{most_text}"  # argparse complains with it
     return parse
 
 
@@ -310,6 +314,7 @@ MODELS = {  # our id -> the CLI's alias for the newest model of the family
     "claude-sonnet-4": "sonnet",
     "claude-haiku-4": "haiku",
 }
+KNOWN_MODELS = [*MODELS, *MODELS.values()]
 MODEL_ID = re.compile(r"claude-[A-Za-z0-9.:_\[\]-]{1,120}")
 # Models whose thinking has a budget: in a tool loop the API wants their signed thinking
 # block back (Messages API, "Preserving thinking blocks").
@@ -505,7 +510,7 @@ def cli_model(name: str) -> str:
     model = MODELS.get(short, short)
     if model in MODELS.values() or MODEL_ID.fullmatch(model):
         return model
-    known = ", ".join([*MODELS, *MODELS.values()])
+    known = ", ".join(KNOWN_MODELS)
     message = f"There is no model '{name[:100]}'. Use {known} or a full Claude id."
     raise APIError(404, message, code="model_not_found", param="model")
 
@@ -954,9 +959,10 @@ VARIABLES = {
     "DISABLE_AUTOUPDATER": "1",
 }
 CACHE_MARK = {"type": "ephemeral", "ttl": "1h"}
-# They would bill by the token instead of the subscription, or keep the CLI from
-# starting inside another.
-WITHHELD = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDECODE")
+# They would bill by the token instead of the subscription; the last one keeps the CLI
+# from starting inside another.
+BILLED = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
+WITHHELD = (*BILLED, "CLAUDECODE")
 SPAWN_VARIABLES = (  # set by environment() or not at all
     "CLAUDE_CODE_MAX_OUTPUT_TOKENS", "CLAUDE_CODE_DISABLE_THINKING",
     "CLAUDE_CODE_EXTRA_BODY", "CLAUDE_CODE_EFFORT_LEVEL", "MAX_THINKING_TOKENS",
@@ -1058,10 +1064,11 @@ class Program(NamedTuple):
 def find_claude(chosen: str) -> str:
     """The CLI's path. Raises APIError 503 that says what to do."""
     if chosen:
-        path = shutil.which(os.path.expanduser(chosen))
-        if path:
-            return os.path.abspath(path)
-        raise unavailable("The file given with --claude is no program.", "no_cli")
+        path = os.path.expanduser(chosen)
+        if shutil.which(path):
+            return os.path.abspath(shutil.which(path))
+        problem = "can't be executed: chmod +x" if os.path.isfile(path) else "is none"
+        raise unavailable(f"The program given with --claude {problem}.", "no_cli")
     found = [shutil.which("claude")]
     for place in PLACES:
         matches = glob.glob(os.path.expanduser(place) + "/claude")
@@ -1089,7 +1096,8 @@ def probe(path: str) -> Program:
     stamp = stamp_of(path)
     found = re.search(r"(\d+)\.(\d+)\.(\d+)", run_briefly(path, "--version").stdout)
     if not found:
-        raise unavailable("`claude --version` does not work. Reinstall it.", "no_cli")
+        message = "What was found as `claude` does not tell its --version."
+        raise unavailable(message, "no_cli")
     program = Program(path, tuple(map(int, found.groups())), stamp)
     if program.version < OLDEST_CLI:
         oldest, own = ".".join(map(str, OLDEST_CLI)), program.version_text
@@ -1543,9 +1551,10 @@ class Keeper:
                 with self.lock:
                     self.dying.remove(claude)
         while self.wishes:
-            if self.found:  # or the next request finds it, or says what is wrong
+            wish = self.wishes[0]
+            if self.found:  # else the next request finds it, or says what is wrong
                 with contextlib.suppress(APIError):
-                    self.add(self.spawn(self.found, self.wishes[0].spawn), self.wishes[0])
+                    self.add(self.spawn(self.found, wish.spawn), wish)
             self.wishes.pop(0)
         too_old = time.monotonic() - SPARE_SECONDS
         self.drop(lambda claude: claude.born < too_old)
@@ -2409,14 +2418,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         )
         if "close" in re.split(r"[\s,]+", self.headers.get("Connection", "").lower()):
             self.close_connection = True
-        if self.headers.defects or any(re.search(r"[\r\n]", x) for x in self.headers.values()):
+        folded = any("\n" in text for text in self.headers.values())
+        if folded or self.headers.defects:
             self.close_connection = True  # who knows what else was meant as a header
             raise APIError(400, "A header is malformed.")
         hosts = self.headers.get_all("Host") or []
         if len(hosts) > 1 or (not hosts and self.request_version != "HTTP/1.0"):
             raise APIError(400, "A request needs one Host header.")
         if hosts and not self.is_our_name(hosts[0]):
-            raise forbidden("This Host is not served.")
+            raise forbidden("This Host is not served; see --host.")
         origin = self.headers.get("Origin")
         if origin is not None and not self.is_allowed_origin(origin):
             raise forbidden("This web origin may not ask; see --allow-origin.")
@@ -2461,7 +2471,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_json(*self.server.health())
 
     def get_models(self) -> None:
-        models = [model_object(name) for name in MODELS]
+        models = [model_object(name) for name in KNOWN_MODELS]
         self.send_json(200, {"object": "list", "data": models})
 
     def get_model(self) -> None:
@@ -2693,8 +2703,8 @@ LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def parse_json(raw: bytes) -> Any:
-    """JSON in UTF-8 (RFC 8259), so without NaN and 1e999. Half a surrogate pair, which the API
-    refuses, becomes U+FFFD. Raises ValueError, RecursionError."""
+    """JSON in UTF-8 (RFC 8259), so without NaN and 1e999. Half a surrogate pair, which
+    the API refuses, becomes U+FFFD. Raises ValueError, RecursionError."""
 
     def refuse(name: str) -> Any:
         raise ValueError(name)
@@ -2732,8 +2742,9 @@ def raise_file_limit() -> None:
 
 
 def withheld_note() -> str:
-    found = ", ".join(name for name in WITHHELD if os.environ.get(name))
-    return f"{found} is set; it is not handed to Claude Code." if found else ""
+    found = ", ".join(name for name in BILLED if os.environ.get(name))
+    why = "is set, and kept from Claude Code: it would bill you by the token."
+    return f"{found} {why}" if found else ""
 
 
 def bind_problem(settings: Settings, error: OSError) -> str:
@@ -2764,10 +2775,23 @@ def run_checks(settings: Settings) -> int:
         with socket.create_server((settings.host, settings.port)):
             say("", f"port {settings.port} is free")
     except OSError as error:
-        say(bind_problem(settings, error), "")
+        here = serves_there(settings)
+        fine = f"claude_max_proxy serves on port {settings.port} already"
+        say("" if here else bind_problem(settings, error), fine)
     if withheld_note():
         print(f"note     {withheld_note()}")
     return 1 if problems else 0
+
+
+def serves_there(settings: Settings) -> bool:
+    """Whether what has the port is this server."""
+    address = settings.host, settings.port
+    with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+        connection = http.client.HTTPConnection(*address, timeout=PROBE_SECONDS)
+        with contextlib.closing(connection):
+            connection.request("GET", "/health", headers={"X-Api-Key": settings.api_key})
+            return "spares" in json.load(connection.getresponse())
+    return False
 
 
 def announce(server: Server) -> None:
@@ -2779,13 +2803,14 @@ def announce(server: Server) -> None:
     try:
         program = server.keeper.program()
         lines.append(f"Claude Code {program.version_text} at {program.path}")
-        lines.append("logged in" if server.keeper.has_login() else LOGIN_CURE)
+        login = "logged in" if server.keeper.has_login() else "problem: " + LOGIN_CURE
+        lines.append(login)
     except APIError as error:
-        lines.append(str(error))
-    lines += [withheld_note()] if withheld_note() else []
+        lines.append(f"problem: {error}")
+    lines += [f"note: {withheld_note()}"] if withheld_note() else []
     if settings.trace:
-        lines.append(f"--trace: prompts are written to {settings.trace}")
-    lines.append("models: " + ", ".join([*MODELS, *MODELS.values()]))
+        lines.append(f"note: --trace writes prompts to {settings.trace}")
+    lines.append("models: " + ", ".join(KNOWN_MODELS))
     key = ' -H "Authorization: Bearer $KEY"' if settings.api_key else ""
     body = '{"model":"sonnet","messages":[{"role":"user","content":"Hello!"}]}'
     lines.append(f"try: curl {url}/chat/completions{key} -d '{body}'")

@@ -1092,7 +1092,7 @@ def test_streamed_tokens_leave_as_they_come(server):
 def test_models(server, path):
     body = server.request("GET", path).json
     assert body["object"] == "list"
-    assert [m["id"] for m in body["data"]] == list(proxy.MODELS)
+    assert [m["id"] for m in body["data"]] == proxy.KNOWN_MODELS
     assert {m["object"] for m in body["data"]} == {"model"}
 
 
@@ -3015,6 +3015,25 @@ def test_a_port_in_use():
         out = command("--port", str(taken.getsockname()[1]))
     assert out.returncode == 2 and "in use" in out.stderr
     assert len(out.stderr.splitlines()) == 1
+
+
+def test_check_knows_a_server_that_runs_already(server):
+    out = command("--check", "--port", str(server.port), "--claude", stand_in_path())
+    assert out.returncode == 0 and "serves on port" in out.stdout
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        out = command("--check", "--port", str(port), "--claude", stand_in_path())
+    assert out.returncode == 1 and "in use" in out.stdout
+
+
+def test_problems_with_the_cli_say_what_to_do(tmp_path):
+    (tmp_path / "claude").write_text("#!/bin/sh\necho what\n")
+    for mode, words in ((0o644, "chmod"), (0o755, "--version")):
+        (tmp_path / "claude").chmod(mode)
+        out = command("--check", "--port", "0", "--claude", str(tmp_path / "claude"))
+        assert out.returncode == 1 and words in out.stdout
+    assert "is none" in command("--check", "--claude", "/nowhere").stdout
 
 
 def test_check():
