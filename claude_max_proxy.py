@@ -2266,8 +2266,9 @@ class Server(http.server.ThreadingHTTPServer):
             turns: List[Json] = []
             if ask.n == 1 and (calls or (len(ask.turns) > 1 and message["content"])):
                 script = Transcript(self.thoughts, ask.spawn.model, ask.turns)
-                script.add(message, "answer")
-                turns = script.turns
+                with contextlib.suppress(APIError):  # two calls of one id
+                    script.add(message, "answer")
+                    turns = script.turns
             self.keeper.wish_for_next(ask, turns)
         self.wake()
 
@@ -2420,7 +2421,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         folded = any("\n" in text for text in self.headers.values())
         if folded or self.headers.defects:
-            self.close_connection = True  # who knows what else was meant as a header
+            self.body_unread = True  # who knows what else was meant as a header
             raise APIError(400, "A header is malformed.")
         hosts = self.headers.get_all("Host") or []
         if len(hosts) > 1 or (not hosts and self.request_version != "HTTP/1.0"):
@@ -2652,7 +2653,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def fail(self, error: APIError) -> None:
         """The one renderer of errors (stream() puts those of its middle into events)."""
-        if self.streaming:  # a bug of ours: a second head would be part of the answer
+        if self.status:  # a bug of ours; a second head would be part of the answer
             self.close_connection = True
             return
         with contextlib.suppress(OSError):

@@ -3534,6 +3534,13 @@ def test_a_bug_of_ours_in_a_stream_ends_it(server, monkeypatch):
     assert seen.count(b"HTTP/1.1") == 1 and b"[DONE]" not in seen
 
 
+def test_a_bug_of_ours_behind_an_answer_is_not_told(server, monkeypatch):
+    monkeypatch.setattr(server.server, "prepare", lambda reply: {}["SECRET"])
+    with send_request(server.port, "x", False) as connection:
+        seen = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert seen.count(b"HTTP/1.1") == 1 and b"You said: x" in seen
+
+
 def test_a_bug_of_ours_is_a_500_without_details(server, logged, monkeypatch):
     monkeypatch.setattr(proxy, "parse_request", lambda body, thoughts: {}["SECRET"])
     reply = server.chat("SECRET")
