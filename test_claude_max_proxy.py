@@ -3567,11 +3567,11 @@ def test_trace_writes_what_passed(make, tmp_path):
         ]
     )
     until(one.quiet)
-    files = {
-        path.name.split(".", 1)[1]: path.read_text()
-        for path in sorted(tmp_path.iterdir())
-        if "third" in path.read_text()
-    }
+    (request,) = [
+        p for p in tmp_path.glob("*.request.json") if "third" in p.read_text()
+    ]
+    mine = request.name.split(".")[0]
+    files = {p.name[len(mine) + 1 :]: p.read_text() for p in tmp_path.glob(mine + ".*")}
     assert set(files) == {"request.json", "stdin.jsonl", "stdout.jsonl"}
     assert json.loads(files["request.json"])["messages"][-1] == user("third")
     lines = [json.loads(line) for line in files["stdin.jsonl"].splitlines()]
