@@ -976,7 +976,8 @@ def arguments(spawn: Spawn) -> List[str]:
 
 def environment(spawn: Spawn) -> Dict[str, str]:
     """Ours less what must not reach the CLI, plus what it can only be told there."""
-    gone = {*WITHHELD, *SPAWN_VARIABLES, *(ENVIRONMENT + row.upper() for row in OPTIONS)}
+    own = [ENVIRONMENT + name.upper() for name in OPTIONS]
+    gone = {*WITHHELD, *SPAWN_VARIABLES, *own}
     env = {name: text for name, text in os.environ.items() if name not in gone}
     env.update(VARIABLES)
     if spawn.max_tokens:
@@ -1615,9 +1616,9 @@ class Keeper:
 
 
 # ── Response ───────────────────────────────────────────────────────────────────────
-# CLI lines -> (Answer) deltas -> (Reply) chunks or a completion. Pure: ids and times are
-# passed in. A kind of line or event is skipped until it has a row in Answer.LINES or
-# Answer.EVENTS.
+# CLI lines -> (Answer) deltas -> (Reply) chunks or a completion. Pure: ids and times
+# are passed in. A kind of line or event is skipped until it has a row in Answer.LINES
+# or Answer.EVENTS.
 
 FINISH_REASONS = {  # the Messages API's stop_reason -> OpenAI's finish_reason
     "end_turn": "stop",
@@ -2652,7 +2653,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.opening = b""
 
     def fail(self, error: APIError) -> None:
-        """The one renderer of errors (stream() puts those of its middle into events)."""
+        """The one renderer of errors, but for those in the middle of a stream."""
         if self.status:  # a bug of ours; a second head would be part of the answer
             self.close_connection = True
             return
@@ -2790,7 +2791,8 @@ def serves_there(settings: Settings) -> bool:
     with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
         connection = http.client.HTTPConnection(*address, timeout=PROBE_SECONDS)
         with contextlib.closing(connection):
-            connection.request("GET", "/health", headers={"X-Api-Key": settings.api_key})
+            key = {"X-Api-Key": settings.api_key}
+            connection.request("GET", "/health", headers=key)
             return "spares" in json.load(connection.getresponse())
     return False
 
