@@ -22,11 +22,11 @@ The path of a request, and who runs where:
                      listen()                  in the Handler's thread: one selector
                         │                      for the pipes and the client's socket
                         │ Answer: CLI lines → OpenAI deltas                (pure)
-    client ◄──SSE/JSON──┘ each delta leaves as it comes; JSON is the fold of the chunks
+    client ◄──SSE/JSON──┘ Reply: each delta leaves as it comes; JSON is their fold
 
-    main thread: Server.serve() accepts connections; Keeper starts spare processes when
-                 an answer is out, tells them ahead what the next request will need,
-                 and reaps the ended ones. There are no other threads.
+    main thread: Server.serve() accepts connections; when an answer is out, Keeper
+                 starts spare processes, tells them ahead what the next request will
+                 need, and reaps the ended ones. There are no other threads.
 
 Security: it listens on loopback; Host, Origin and Sec-Fetch-Site are checked, so no web
 page can spend your quota; nothing of a request reaches argv but a checked model id and
