@@ -1210,7 +1210,7 @@ class Claude:
             while self.outbox:
                 del self.outbox[: os.write(self.stdin.fileno(), self.outbox)]
         except BlockingIOError:
-            pass
+            return  # the rest when there is room
         except BrokenPipeError:
             self.outbox.clear()
 

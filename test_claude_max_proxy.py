@@ -2812,6 +2812,15 @@ def test_chunked_bodies_and_pipelining(server):
     assert reply.count(b"HTTP/1.1 200 OK") == 2 and b"You said: x" in reply
 
 
+def test_a_request_that_comes_during_an_answer_is_kept(server):
+    last = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    with send_request(server.port, "mock:tokens=5 mock:gap_ms=50", True) as connection:
+        seen = connection.recv(1000)
+        connection.sendall(last)
+        seen += b"".join(iter(lambda: connection.recv(65536), b""))
+    assert seen.index(b"[DONE]") < seen.index(b'"spares"')
+
+
 def test_expect_100_continue(server):
     body = json.dumps({"model": "sonnet", "messages": [user("x")]}).encode()
     head = POST + b"Content-Length: %d\r\nExpect: 100-continue\r\n\r\n" % len(body)
