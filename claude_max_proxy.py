@@ -2311,9 +2311,11 @@ class TimedReader(io.RawIOBase):
 
     def has_left(self) -> bool:
         """Whether the client has closed its end. What it sends instead is kept."""
+        if self.is_full():
+            return False  # not to be seen behind so much
         self.connection.setblocking(False)  # who reads or writes sets its own time-out
         try:
-            data = b"" if self.is_full() else self.connection.recv(MAX_AHEAD)
+            data = self.connection.recv(MAX_AHEAD)
         except BlockingIOError:
             return False
         except OSError:

@@ -311,6 +311,7 @@ import glob  # noqa: E402
 import hashlib  # noqa: E402
 import http.client  # noqa: E402
 import http.server  # noqa: E402
+import io  # noqa: E402
 import plistlib  # noqa: E402
 import py_compile  # noqa: E402
 import random  # noqa: E402
@@ -2819,6 +2820,18 @@ def test_a_request_that_comes_during_an_answer_is_kept(server):
         connection.sendall(last)
         seen += b"".join(iter(lambda: connection.recv(65536), b""))
     assert seen.index(b"[DONE]") < seen.index(b'"spares"')
+
+
+def test_a_client_that_sends_much_ahead_has_not_left():
+    near, far = socket.socketpair()
+    with near, far:
+        near.sendall(b"x" * (proxy.MAX_AHEAD + 9))
+        reader = proxy.TimedReader(far)
+        until(lambda: reader.has_left() or reader.is_full())
+        assert not reader.has_left() and not reader.has_left()
+        near.shutdown(socket.SHUT_WR)
+        whole = io.BufferedReader(reader).read()
+        assert whole == b"x" * (proxy.MAX_AHEAD + 9) and reader.has_left()
 
 
 def test_expect_100_continue(server):
