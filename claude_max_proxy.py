@@ -137,6 +137,7 @@ class Failure(NamedTuple):
     type: str
     code: Optional[str] = None
     message: str = ""
+    param: Optional[str] = None
 
 
 LOGIN_CURE = "Claude Code is not logged in. Run `claude auth login`, then try again."
@@ -147,7 +148,7 @@ FAILURES = {  # by `api_error_status` of the CLI's result line
     400: Failure(400, "invalid_request_error"),
     401: Failure(401, "authentication_error", "not_logged_in", LOGIN_CURE),
     403: Failure(403, "permission_error", "permission_denied"),
-    404: Failure(404, "invalid_request_error", "model_not_found", NO_MODEL),
+    404: Failure(404, "invalid_request_error", "model_not_found", NO_MODEL, "model"),
     413: Failure(413, "invalid_request_error", "request_too_large"),
     429: Failure(429, "rate_limit_error", "rate_limit_exceeded"),
     500: Failure(502, "api_error", "upstream_error"),
@@ -175,9 +176,7 @@ def failure(status: Any, words: Tuple[Any, Any], text: str, wait: float) -> APIE
     found = CATEGORIES.get(reason) or FAILURES.get(status) or CATEGORIES.get(category)
     found = found or FAILURES[500]
     message = found.message or text or "The Claude API answered with an error."
-    error = APIError(found.status, message, found.type, found.code)
-    if found is FAILURES[404]:
-        error.body["error"]["param"] = "model"
+    error = APIError(found.status, message, found.type, found.code, found.param)
     if found.status == 429 and wait > 0:
         error.headers["Retry-After"] = str(math.ceil(wait))
     return error
@@ -1334,8 +1333,9 @@ def matters(line: bytes) -> bool:
 
 DECODER = json.JSONDecoder()
 # What code that reads a line meets where the line is not of the shape we know.
-STRANGE = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError)
-STRANGE += (RecursionError,)
+STRANGE = (
+    LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError,
+)  # fmt: skip
 
 
 def strange_line() -> APIError:
@@ -1462,14 +1462,18 @@ class Keeper:
         self.look_at = 0.0  # when to look again for a login
         self.home = tempfile.mkdtemp(prefix="claude-max-proxy-")  # 0700; the CLIs' cwd
 
+    def current(self) -> Optional[Program]:
+        """The CLI as it was probed, if it was and has not been replaced."""
+        found = self.found
+        return found if found and found.stamp == stamp_of(found.path) else None
+
     def program(self) -> Program:
         """The installed CLI, probed again when it was replaced. Raises APIError 503."""
-        with self.probing:
-            found = self.found
-            if not found or found.stamp != stamp_of(found.path):
-                self.found = None
-                found = self.found = probe(find_claude(self.chosen))
-            return found
+        found = self.current()
+        if not found:
+            with self.probing:
+                found = self.found = self.current() or probe(find_claude(self.chosen))
+        return found
 
     def has_login(self) -> bool:
         """Whether the CLI is logged in; a "no" is doubted again, not too often."""
@@ -1479,6 +1483,14 @@ class Keeper:
                 self.login = is_logged_in(path)
                 self.look_at = time.monotonic() + LOGIN_SECONDS
             return bool(self.login)
+
+    def look(self) -> Tuple[Optional[Program], str]:
+        """-> (the CLI, if it can be used; what is wrong with it or its login)."""
+        try:
+            program = self.program()
+            return program, "" if self.has_login() else LOGIN_CURE
+        except APIError as error:
+            return None, str(error)
 
     def login_refused(self) -> None:
         """The API says so; `claude auth status` only knows that there is a login."""
@@ -1552,10 +1564,10 @@ class Keeper:
                 with self.lock:
                     self.dying.remove(claude)
         while self.wishes:
-            wish = self.wishes[0]
-            if self.found:  # else the next request finds it, or says what is wrong
+            wish, program = self.wishes[0], self.current()
+            if program:  # else the next request finds it, or says what is wrong
                 with contextlib.suppress(APIError):
-                    self.add(self.spawn(self.found, wish.spawn), wish)
+                    self.add(self.spawn(program, wish.spawn), wish)
             self.wishes.pop(0)
         too_old = time.monotonic() - SPARE_SECONDS
         self.drop(lambda claude: claude.born < too_old)
@@ -2275,12 +2287,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def health(self) -> Tuple[int, Json]:
         """-> (status, body) of /health."""
-        problem, program = "", None
-        try:
-            program = self.keeper.program()
-            problem = "" if self.keeper.has_login() else LOGIN_CURE
-        except APIError as error:
-            problem = str(error)
+        program, problem = self.keeper.look()
         claude = {
             "path": program.path if program else None,
             "version": program.version_text if program else None,
@@ -2745,10 +2752,10 @@ def raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
-def withheld_note() -> str:
+def withheld_notes() -> List[str]:
     found = ", ".join(name for name in BILLED if os.environ.get(name))
     why = "is set, and kept from Claude Code: it would bill you by the token."
-    return f"{found} {why}" if found else ""
+    return [f"{found} {why}"] if found else []
 
 
 def bind_problem(settings: Settings, error: OSError) -> str:
@@ -2768,12 +2775,10 @@ def run_checks(settings: Settings) -> int:
 
     keeper = Keeper(settings.claude)
     say("", f"Python {sys.version.split()[0]}")
-    try:
-        program = keeper.program()
+    program, problem = keeper.look()
+    if program:
         say("", f"Claude Code {program.version_text} at {program.path}")
-        say("" if keeper.has_login() else LOGIN_CURE, "logged in")
-    except APIError as error:
-        say(str(error), "")
+    say(problem, "logged in")
     keeper.close()
     try:
         with socket.create_server((settings.host, settings.port)):
@@ -2782,8 +2787,8 @@ def run_checks(settings: Settings) -> int:
         here = serves_there(settings)
         fine = f"claude_max_proxy serves on port {settings.port} already"
         say("" if here else bind_problem(settings, error), fine)
-    if withheld_note():
-        print(f"note     {withheld_note()}")
+    for note in withheld_notes():
+        print(f"note     {note}")
     return 1 if problems else 0
 
 
@@ -2805,14 +2810,11 @@ def announce(server: Server) -> None:
     host = "localhost" if is_loopback(settings.host) else settings.host
     url = f"http://{host}:{server.server_port}/v1"
     lines = [f"claude_max_proxy {__version__} serves {url}"]
-    try:
-        program = server.keeper.program()
+    program, problem = server.keeper.look()
+    if program:
         lines.append(f"Claude Code {program.version_text} at {program.path}")
-        login = "logged in" if server.keeper.has_login() else "problem: " + LOGIN_CURE
-        lines.append(login)
-    except APIError as error:
-        lines.append(f"problem: {error}")
-    lines += [f"note: {withheld_note()}"] if withheld_note() else []
+    lines.append(f"problem: {problem}" if problem else "logged in")
+    lines += [f"note: {note}" for note in withheld_notes()]
     if settings.trace:
         lines.append(f"note: --trace writes prompts to {settings.trace}")
     lines.append("models: " + ", ".join(KNOWN_MODELS))

@@ -3463,18 +3463,13 @@ def load(port, count, outcomes, seed=1):
 def state_of(pid):
     """What a process holds: children, descriptors, threads (as far as can be seen), and
     RSS in MB."""
-    rows = [row.split() for row in shell("ps -A -o pid=,ppid=,rss=").splitlines()]
+    size = subprocess.check_output(["ps", "-o", "rss=", "-p", str(pid)])
     proc = f"/proc/{pid}/"
     counts = [
         len(os.listdir(proc + name)) if os.path.exists(proc) else 0
         for name in ("fd", "task")
     ]
-    size = [int(row[2]) / 1024 for row in rows if row[0] == str(pid)]
-    return (sum(row[1] == str(pid) for row in rows), *counts), size[0]
-
-
-def shell(line):
-    return subprocess.check_output(line.split(), text=True)
+    return (len(children(pid)), *counts), int(size) / 1024
 
 
 def test_load_leaves_nothing_behind(tmp_path, monkeypatch):
