@@ -87,6 +87,7 @@ MAX_LINE = 64 << 20  # bytes; a CLI line that goes on beyond this is nonsense
 REQUEST_SECONDS = 30  # to send the headers, and again for the body, however slowly
 IDLE_SECONDS = 120  # a kept-alive connection without a request
 WRITE_SECONDS = 60  # for a client to take a write that does not fit its buffers
+BURST_SECONDS = 0.002  # between the writes of a stream that comes faster than that
 ALIVE_SECONDS = 10  # of silence before a stream is started and kept alive
 TICK_SECONDS = 0.5  # how often the main thread, and a request that waits, look around
 TERM_SECONDS = 1.0  # from SIGTERM to SIGKILL
@@ -1307,9 +1308,10 @@ class Claude:
         """Remove the session files that it leaves behind if it was killed, or ended
         before it was ready to (2.1.330)."""
         home = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
-        for path in glob.glob(f"{glob.escape(home)}/sessions/{self.process.pid}.*"):
-            with contextlib.suppress(OSError):
-                os.unlink(path)
+        with contextlib.suppress(OSError):
+            for name in os.listdir(f"{home}/sessions"):
+                if name.startswith(f"{self.process.pid}."):
+                    os.unlink(f"{home}/sessions/{name}")
 
 
 def read_some(pipe: Any) -> Optional[bytes]:
@@ -2621,14 +2623,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def stream(self, deltas: Iterator[Optional[Delta]]) -> None:
         """Server-sent events; those that came together leave together. The status line
-        waits for the first one, so that a failure before it has a status of its own."""
-        reply = self.reply
+        waits for the first one, so that a failure before it has a status of its own.
+        Where they come faster than BURST_SECONDS, the ones behind the first gather for
+        so long: to wake up for a token costs more than all else that is done for it."""
+        reply, flushed = self.reply, 0.0
         try:
             for delta in deltas:
                 if delta is not None:
                     self.event(reply.encode(delta))
                 elif self.pending:
                     self.flush()
+                    if time.monotonic() - flushed < BURST_SECONDS:
+                        time.sleep(BURST_SECONDS)
+                    flushed = time.monotonic()
         except APIError as error:
             if not self.streaming:
                 raise
