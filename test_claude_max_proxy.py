@@ -136,9 +136,10 @@ class StandIn:
             line = json.loads(raw)
             kind = line["type"]
             if kind == "control_request":
-                self.initialize(line)
+                self.control(line)
             elif kind in ("user", "assistant"):
-                self.told["turns"].append(line["message"])
+                if line["message"]["content"]:
+                    self.told["turns"].append(line["message"])
                 self.told.setdefault("lines", []).append(
                     {k: v for k, v in line.items() if k != "message"}
                 )
@@ -149,6 +150,14 @@ class StandIn:
                         time.sleep(60)
                     self.result(turns=0)
 
+    def control(self, line):
+        if line["request"]["subtype"] == "initialize" and "lines" not in self.told:
+            self.initialize(line)
+        response = {"subtype": "success", "request_id": line["request_id"]}
+        self.emit(
+            {"type": "control_response", "response": {**response, "response": {}}}
+        )
+
     def initialize(self, line):
         self.told["initialize"] = line["request"]
         if line["request"].get("sdkMcpServers"):
@@ -157,10 +166,6 @@ class StandIn:
             self.mcp("notifications/initialized")
             self.tools = self.mcp("tools/list")["tools"]
             self.told["tools"] = self.tools
-        response = {"subtype": "success", "request_id": line["request_id"]}
-        self.emit(
-            {"type": "control_response", "response": {**response, "response": {}}}
-        )
 
     def mcp(self, method, params=None):
         message = {"jsonrpc": "2.0", "method": method, "params": params or {}}
@@ -2472,8 +2477,12 @@ def test_n_beyond_the_servers_width(make):
 
 @pytest.fixture
 def sparing(make):
-    """A server with two spares, whose wishes have all come true between requests."""
-    one = make(spares=2)
+    """A server with two spares."""
+    return settling(make(spares=2))
+
+
+def settling(one):
+    """A server whose wishes for spares have all come true between requests."""
     one.keeper = one.server.keeper
 
     def settled():
@@ -2518,6 +2527,14 @@ def test_one_shot_requests_leave_one_generic_spare(sparing):
     assert spare and reply.content == "You said: b "
     assert spares_of(sparing) == [(True, 0)]  # the same system prompt came again
     assert ask_spare(sparing, "c")[1]
+
+
+def test_a_new_conversation_finds_an_initialized_spare(sparing):
+    for spares in ([], [(False, 0)], [(True, 0)]):
+        assert spares_of(sparing) == spares
+        told = sparing.told([system("s")])
+        assert told["initialize"]["systemPrompt"] == ["s"]
+        assert [t["content"][0]["text"] for t in told["turns"]] == ["mock:show"]
 
 
 def test_a_conversation_finds_a_primed_spare(sparing):
@@ -3964,6 +3981,16 @@ def test_a_real_tool_loop_with_spares_and_signed_thinking(real, make):
     one = make(claude=real.server.settings.claude, spares=2)
     one.api, one.home = real.api, real.home
     run_tool_loop(one, 4, model="claude-haiku-4-5")
+
+
+def test_what_warms_a_real_spare_does_not_reach_the_api(real, make):
+    one = settling(make(claude=real.server.settings.claude, spares=2))
+    bodies = []
+    for spares in ([], [(False, 0)], [(True, 0)]):
+        assert spares_of(one) == spares
+        assert one.chat([system("s"), user("/hi")], tools=[tool()]).status == 200
+        bodies.append({**sent(real), "metadata": None})
+    assert bodies[0] == bodies[1] == bodies[2]
 
 
 def test_real_tools_are_all_there(real):
