@@ -48,7 +48,6 @@ import contextlib
 import errno
 import glob
 import io
-import ipaddress
 import json
 import math
 import os
@@ -297,11 +296,8 @@ def parse_arguments(argv: List[str]) -> Tuple[Settings, bool]:
 
 def is_loopback(host: str) -> bool:
     """Whether a host name or address can only mean this machine (RFC 6761, 6.3)."""
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return False
+    pattern = r"(.+\.)?localhost|127(\.\d{1,3}){3}|::1"
+    return bool(re.fullmatch(pattern, host))
 
 
 # ── Request ────────────────────────────────────────────────────────────────────────
@@ -1932,35 +1928,33 @@ Delta = Tuple[int, Json, Optional[str]]  # index of the choice, delta, finish_re
 
 
 class Choice:
-    """One choice's deltas, put together again."""
+    """One choice's deltas, put together again. Its texts are kept by channel, as in
+    Answer."""
 
     def __init__(self) -> None:
         self.finish_reason: Optional[str] = None
-        self.texts: Dict[str, List[str]] = {"content": [], "reasoning_content": []}
-        self.calls: Dict[int, Json] = {}
+        self.texts: Dict[Any, List[str]] = collections.defaultdict(list)
+        self.calls: List[Json] = []  # as they began
 
     def add(self, delta: Json) -> None:
         for channel, told in delta.items():
-            if channel in self.texts:
-                self.texts[channel].append(told)
-            elif channel == "tool_calls":
-                self.add_call(*told)
-
-    def add_call(self, part: Json) -> None:
-        call = self.calls.setdefault(part["index"], {"arguments": []})
-        call["arguments"].append(part["function"]["arguments"])
-        if "id" in part:
-            call.update(id=part["id"], name=part["function"]["name"])
+            if channel == "tool_calls":
+                call = told[0]
+                self.calls.extend([call] if "id" in call else [])
+                channel, told = call["index"], call["function"]["arguments"]
+            self.texts[channel].append(told)
 
     def message(self) -> Json:
-        content, reasoning = map("".join, self.texts.values())
-        empty = None if self.calls else ""
-        message = {"role": "assistant", "content": content or empty, "refusal": None}
-        if reasoning:
-            message["reasoning_content"] = reasoning
+        def text(channel: Any) -> str:
+            return "".join(self.texts[channel])
+
+        content = text("content") or (None if self.calls else "")
+        message = {"role": "assistant", "content": content, "refusal": None}
+        if text("reasoning_content"):
+            message["reasoning_content"] = text("reasoning_content")
         calls = []
-        for _, call in sorted(self.calls.items()):
-            function = {"name": call["name"], "arguments": "".join(call["arguments"])}
+        for call in self.calls:
+            function = {**call["function"], "arguments": text(call["index"])}
             calls.append({"id": call["id"], "type": "function", "function": function})
         return {**message, "tool_calls": calls} if calls else message
 
