@@ -954,11 +954,6 @@ VARIABLES = {
     "CLAUDE_CODE_SKIP_MCP_DEBUG_LOG_FILES": "1",
     "DISABLE_AUTOUPDATER": "1",
 }
-# A spare with its system prompt does ahead what the CLI puts off to its first turn: it
-# takes this one in as nothing, and the first text comes a fifth earlier (2.1.330). (A
-# `get_context_usage` would do the same for a blank one, but asks the API ten times to
-# count tokens.)
-WARM_TURN: Json = {"role": "user", "content": []}
 CACHE_MARK = {"type": "ephemeral", "ttl": "1h"}
 # They would bill by the token instead of the subscription; the last one keeps the CLI
 # from starting inside another.
@@ -1026,7 +1021,7 @@ def untyped(content: List[Json], version: Tuple[int, ...]) -> List[Json]:
     """User content that the CLI does not take for typed input. Where it does not know
     `text_not_typed`, a last text that begins with "/" is a command, in earlier turns,
     too. Cut behind the slashes it is none, and reads the same."""
-    text = content[-1].get("text", "") if content else ""
+    text = content[-1].get("text", "")
     if version >= UNTYPED_TEXT_CLI or not text.startswith("/"):
         return content
     rest = text.lstrip("/")
@@ -1186,8 +1181,6 @@ class Claude:
             lines.append(turn_line(turns[place], place, self.program.version))
         if query:
             lines.append(query_line(turns[-1], self.program.version))
-        elif not turns:
-            lines.append(turn_line(WARM_TURN, 0, self.program.version))
         self.todo.extend([(json.dumps(line), "shouldQuery" in line) for line in lines])
         self.setup, self.turns, self.alive_at = setup, turns, time.monotonic()
         self.advance()
@@ -1443,6 +1436,10 @@ class Keeper:
     is the beginning of what the request needs; the one that has been told most wins and
     is told the rest. So there are blank ones, initialized ones (same system prompt and
     tools) and primed ones (a conversation up to the last answer).
+
+    They are told nothing else. (Two things would warm a new one up, but are none of the
+    request's: `get_context_usage` has the API count tokens a dozen times; behind a turn
+    without content the CLI marks requests as if that were their beginning.)
 
     They are started, and told ahead, by the main thread when an answer is out: it has
     nothing else to do, so no thread is needed for it and the request that caused it is
