@@ -1077,6 +1077,16 @@ def test_streamed_tokens_leave_as_they_come(server):
             seen += connection.recv(65536)
 
 
+def test_the_tokens_of_a_burst_leave_together(server, monkeypatch):
+    monkeypatch.setattr(proxy, "BURST_SECONDS", 0.1)
+    with send_request(server.port, "mock:tokens=300", True) as connection:
+        raw = b""
+        while not raw.endswith(b"\r\n0\r\n\r\n"):
+            raw += connection.recv(65536)
+    assert raw.count(b"data: ") == 303
+    assert 2 < len(re.findall(rb"\r\n[0-9a-f]+\r\ndata: ", raw)) < 50
+
+
 @pytest.mark.parametrize(
     "path", ["/v1/models", "/models", "/v1/models/", "/models?x=1"]
 )
