@@ -671,7 +671,7 @@ class Bench:
             history.append({"role": "assistant", "content": text})
             return first
 
-        return self.by_turns(next_turn, pause=depth / 100)
+        return self.by_turns(next_turn, pause=0.5 + depth / 100)
 
     def cpu(self):
         """User and system seconds of the server."""
