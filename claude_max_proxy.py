@@ -48,6 +48,7 @@ import contextlib
 import errno
 import glob
 import io
+import ipaddress
 import json
 import math
 import os
@@ -296,8 +297,11 @@ def parse_arguments(argv: List[str]) -> Tuple[Settings, bool]:
 
 def is_loopback(host: str) -> bool:
     """Whether a host name or address can only mean this machine (RFC 6761, 6.3)."""
-    pattern = r"(.+\.)?localhost|127(\.\d{1,3}){3}|::1"
-    return bool(re.fullmatch(pattern, host))
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return False
 
 
 # ── Request ────────────────────────────────────────────────────────────────────────
@@ -1062,8 +1066,9 @@ def find_claude(chosen: str) -> str:
     """The CLI's path. Raises APIError 503 that says what to do."""
     if chosen:
         path = os.path.expanduser(chosen)
-        if shutil.which(path):
-            return os.path.abspath(shutil.which(path))
+        program = shutil.which(path)
+        if program:
+            return os.path.abspath(program)
         problem = "can't be executed: chmod +x" if os.path.isfile(path) else "is none"
         raise unavailable(f"The program given with --claude {problem}.", "no_cli")
     found = [shutil.which("claude")]
@@ -1304,10 +1309,11 @@ class Claude:
         """Remove the session files that it leaves behind if it was killed, or ended
         before it was ready to (2.1.330)."""
         home = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
+        sessions = os.path.join(home, "sessions")
         with contextlib.suppress(OSError):
-            for name in os.listdir(f"{home}/sessions"):
+            for name in os.listdir(sessions):  # glob() would keep each pattern
                 if name.startswith(f"{self.process.pid}."):
-                    os.unlink(f"{home}/sessions/{name}")
+                    os.unlink(os.path.join(sessions, name))
 
 
 def read_some(pipe: Any) -> Optional[bytes]:
@@ -1937,7 +1943,8 @@ class Choice:
         for channel, told in delta.items():
             if channel == "tool_calls":
                 call = told[0]
-                self.calls.extend([call] if "id" in call else [])
+                if "id" in call:
+                    self.calls.append(call)
                 channel, told = call["index"], call["function"]["arguments"]
             self.texts[channel].append(told)
 
@@ -1945,10 +1952,11 @@ class Choice:
         def text(channel: Any) -> str:
             return "".join(self.texts[channel])
 
-        content = text("content") or (None if self.calls else "")
-        message = {"role": "assistant", "content": content, "refusal": None}
-        if text("reasoning_content"):
-            message["reasoning_content"] = text("reasoning_content")
+        content, reasoning = text("content"), text("reasoning_content")
+        empty = None if self.calls else ""
+        message = {"role": "assistant", "content": content or empty, "refusal": None}
+        if reasoning:
+            message["reasoning_content"] = reasoning
         calls = []
         for call in self.calls:
             function = {**call["function"], "arguments": text(call["index"])}
@@ -2429,7 +2437,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         )
         if "close" in re.split(r"[\s,]+", self.headers.get("Connection", "").lower()):
             self.close_connection = True
-        folded = any("\n" in text for text in self.headers.values())
+        folded = any(re.search(r"[\r\n]", text) for text in self.headers.values())
         if folded or self.headers.defects:
             self.body_unread = True  # who knows what else was meant as a header
             raise APIError(400, "A header is malformed.")
