@@ -92,7 +92,9 @@ ALIVE_SECONDS = 10  # of silence before a stream is started and kept alive
 TICK_SECONDS = 0.5  # how often the main thread, and a request that waits, look around
 TERM_SECONDS = 1.0  # from SIGTERM to SIGKILL
 DRAIN_SECONDS = 2.0  # that answers in flight get when the server stops
-SPARE_SECONDS = 600  # an unused spare process holds 155 MB
+SPARE_SECONDS = 600  # after which an unused spare is renewed
+STARTED_SECONDS = 3  # after which a CLI surely is up, also on a slow machine
+REST_SECONDS = 3600  # without a request, after which no spare is renewed
 LOGIN_SECONDS = 5  # between two looks whether somebody has logged in
 REFUSED_SECONDS = 60  # that a login which the API refused counts as none, unasked
 PROBE_SECONDS = 20  # for `claude --version` and `claude auth status`
@@ -105,6 +107,7 @@ MAX_DESCRIPTION = 2048  # characters; older CLIs cut a tool's description there
 MAX_THOUGHTS = 1000  # tool calls whose signed thinking is remembered
 OLDEST_CLI = (2, 1, 112)  # takes shouldQuery and a late system prompt (measured)
 UNTYPED_TEXT_CLI = (2, 1, 330)  # honours text_not_typed (measured; 2.1.197 does not)
+LATE_MODEL_CLI = (2, 1, 329)  # takes another model before the first turn (measured)
 
 
 # ── Errors ─────────────────────────────────────────────────────────────────────────
@@ -214,17 +217,6 @@ def number(kind: type, least: float, most: float = math.inf) -> Any:
     return parse
 
 
-def folder(path: str) -> str:
-    """An argparse type: a directory, made where there is none. "" is none."""
-    path = os.path.expanduser(path)
-    with contextlib.suppress(OSError):
-        if path:
-            os.makedirs(path, 0o700, exist_ok=True)
-        if not path or os.access(path, os.W_OK):
-            return path
-    raise ValueError(path)
-
-
 class Option(NamedTuple):
     default: Any
     help: str
@@ -240,7 +232,6 @@ OPTIONS = {
     "max_concurrency": Option(8, "CLI processes at once", number(int, 1, 1000)),
     "spares": Option(2, "processes started ahead, 155 MB each", number(int, 0, 100)),
     "timeout": Option(600.0, "seconds of silence before 504", number(float, 0.01)),
-    "trace": Option("", "write requests, with prompts, and CLI streams there", folder),
     "verbose": Option(False, "also log what a failed CLI wrote to stderr", bool),
 }
 Settings = collections.namedtuple(
@@ -372,11 +363,10 @@ PARAMETERS = {
 }
 
 
-class Spawn(NamedTuple):
-    """What a CLI process can only be told at its start. `tool_choice` is the Messages
-    API's, as JSON; "" and 0 leave the CLI its default."""
+class QueryOptions(NamedTuple):
+    """What a process is told with the last turn. `tool_choice` is the Messages API's,
+    as JSON; "" and 0 leave the CLI its default."""
 
-    model: str
     effort: str = ""
     thinking: bool = True
     max_tokens: int = 0
@@ -384,19 +374,20 @@ class Spawn(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """What `initialize` tells it; a second one would not replace the first."""
+    """What `initialize` tells a process; a second one would not replace the first."""
 
     system: str = ""
     tools: Tuple[Json, ...] = ()  # as MCP lists them
 
 
 class Ask(NamedTuple):
-    """All that one request asks. `turns` are Messages API messages, the last one a
-    user's; `names` gives the client's name for a tool's name at the API; `structured`:
+    """All that one request asks. `requested` is the client's name of the model, `model`
+    the CLI's. `turns` are Messages API messages, the last one a user's; `names` gives the client's name for a tool's name at the API; `structured`:
     the arguments of STRUCTURED_OUTPUT are the answer's content."""
 
     requested: str
-    spawn: Spawn
+    model: str
+    options: QueryOptions
     setup: Setup
     turns: List[Json]
     names: Dict[str, str] = {}
@@ -405,6 +396,11 @@ class Ask(NamedTuple):
     include_usage: bool = False
     stops: Tuple[str, ...] = ()
     n: int = 1
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a next turn is likely: of a chat, or of an agent's tool loop."""
+        return self.n == 1 and (len(self.turns) > 1 or bool(self.setup.tools))
 
 
 def check(value: Any, kinds: Tuple[type, ...], param: str) -> Any:
@@ -440,7 +436,8 @@ def parse_request(body: Any, thoughts: Thoughts) -> Ask:
     """A chat completion request -> Ask. Raises APIError 400 or 404."""
     body = parse_parameters(body)
     tools, names = parse_tools(body.get("tools", []))
-    script = Transcript(thoughts, cli_model(body["model"]))
+    model = cli_model(body["model"])
+    script = Transcript(thoughts, model)
     for i, message in enumerate(body["messages"]):
         script.add(message, f"messages[{i}]")
     script.finish()
@@ -454,7 +451,8 @@ def parse_request(body: Any, thoughts: Thoughts) -> Ask:
         choice = structured_choice(choice, names)
     return Ask(
         requested=body["model"],
-        spawn=parse_spawn(body, choice, script.unsigned),
+        model=model,
+        options=parse_options(body, model, choice, script.unsigned),
         setup=Setup("\n\n".join(script.system), tuple(tools)),
         turns=script.turns,
         names=names,
@@ -486,9 +484,11 @@ def parse_parameters(body: Any) -> Json:
     return body
 
 
-def parse_spawn(body: Json, choice: Json, unsigned: bool) -> Spawn:
+def parse_options(
+    body: Json, model: str, choice: Json, unsigned: bool
+) -> QueryOptions:
     """`unsigned`: a tool loop goes on whose signed thinking is not known."""
-    model, effort = cli_model(body["model"]), body.get("reasoning_effort", "")
+    effort = body.get("reasoning_effort", "")
     if effort and effort not in EFFORTS:
         known = ", ".join(EFFORTS)
         raise bad("reasoning_effort", f"'reasoning_effort' must be one of {known}.")
@@ -501,7 +501,7 @@ def parse_spawn(body: Json, choice: Json, unsigned: bool) -> Spawn:
         or (unsigned and BUDGET_MODEL.search(model))
     )
     as_json = json.dumps(choice) if choice else ""
-    return Spawn(model, EFFORTS.get(effort, ""), thinking, tokens, as_json)
+    return QueryOptions(EFFORTS.get(effort, ""), thinking, tokens, as_json)
 
 
 def cli_model(name: str) -> str:
@@ -958,35 +958,44 @@ VARIABLES = {
     "CLAUDE_CODE_SKIP_MCP_DEBUG_LOG_FILES": "1",
     "DISABLE_AUTOUPDATER": "1",
 }
+CWD = "cwd"  # of every CLI, empty: its name stands before the cached turns (2.1.330)
 CACHE_MARK = {"type": "ephemeral", "ttl": "1h"}
 # They would bill by the token instead of the subscription; the last one keeps the CLI
 # from starting inside another.
 BILLED = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
 WITHHELD = (*BILLED, "CLAUDECODE")
-SPAWN_VARIABLES = (  # set by environment() or not at all
+OPTION_VARIABLES = (  # told by options_line() or not at all
     "CLAUDE_CODE_MAX_OUTPUT_TOKENS", "CLAUDE_CODE_DISABLE_THINKING",
     "CLAUDE_CODE_EXTRA_BODY", "CLAUDE_CODE_EFFORT_LEVEL", "MAX_THINKING_TOKENS",
 )  # fmt: skip
 
 
-def arguments(spawn: Spawn) -> List[str]:
-    effort = ["--effort", spawn.effort] if spawn.effort else []
-    return [*ARGV, "--model", spawn.model, *effort]
-
-
-def environment(spawn: Spawn) -> Dict[str, str]:
-    """Ours less what must not reach the CLI, plus what it can only be told there."""
+def environment() -> Dict[str, str]:
+    """Ours, less what must not reach the CLI, plus VARIABLES."""
     own = [ENVIRONMENT + name.upper() for name in OPTIONS]
-    gone = {*WITHHELD, *SPAWN_VARIABLES, *own}
+    gone = {*WITHHELD, *OPTION_VARIABLES, *own}
     env = {name: text for name, text in os.environ.items() if name not in gone}
-    env.update(VARIABLES)
-    if spawn.max_tokens:
-        env["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] = str(spawn.max_tokens)
-    if not spawn.thinking:
+    return {**env, **VARIABLES}
+
+
+def settings_line(settings: Json) -> Json:
+    """Changes a process that runs, up to its query (CLAUDE_CODE_EFFORT_LEVEL and the
+    like: 2.1.112 and newer; the model: LATE_MODEL_CLI, before the first turn)."""
+    request = {"subtype": "apply_flag_settings", "settings": settings}
+    return {"type": "control_request", "request_id": "0", "request": request}
+
+
+def options_line(options: QueryOptions) -> Json:
+    env = {}
+    if options.effort:
+        env["CLAUDE_CODE_EFFORT_LEVEL"] = options.effort
+    if options.max_tokens:
+        env["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] = str(options.max_tokens)
+    if not options.thinking:
         env["CLAUDE_CODE_DISABLE_THINKING"] = "1"
-    if spawn.tool_choice:
-        env["CLAUDE_CODE_EXTRA_BODY"] = '{"tool_choice":%s}' % spawn.tool_choice
-    return env
+    if options.tool_choice:
+        env["CLAUDE_CODE_EXTRA_BODY"] = '{"tool_choice":%s}' % options.tool_choice
+    return settings_line({"env": env})
 
 
 def initialize_line(setup: Setup) -> Json:
@@ -1031,6 +1040,24 @@ def untyped(content: List[Json], version: Tuple[int, ...]) -> List[Json]:
     rest = text.lstrip("/")
     pieces = [text[: len(text) - len(rest)], rest] if rest.strip() else ["\n" + text]
     return content[:-1] + [text_block(piece) for piece in pieces]
+
+
+class Conversation(NamedTuple):
+    """What a process has been told, or is to be told, before its query: the model, its
+    Setup (None: not yet), the turns. As JSON: to Python, true and 1 would be equal."""
+
+    model: str
+    setup: Optional[str] = None
+    turns: List[str] = []
+
+
+def conversation(
+    ask: Ask, turns: List[Json], version: Tuple[int, ...]
+) -> Conversation:
+    """The conversation of `ask` with these turns. Raises RecursionError for JSON that
+    is nested too deeply."""
+    lines = [turn_line(turn, place, version) for place, turn in enumerate(turns)]
+    return Conversation(ask.model, json.dumps(ask.setup), list(map(json.dumps, lines)))
 
 
 # Finding it.
@@ -1119,7 +1146,7 @@ def is_logged_in(path: str) -> bool:
 def run_briefly(*argv: str) -> subprocess.CompletedProcess:
     """A short command of the CLI; one that can't run or hangs has exit code 1."""
     options: Json = {"stdin": subprocess.DEVNULL, "capture_output": True}
-    options.update(text=True, errors="replace", env=environment(Spawn("")))
+    options.update(text=True, errors="replace", env=environment())
     try:
         return subprocess.run(argv, timeout=PROBE_SECONDS, **options)
     except (OSError, subprocess.TimeoutExpired):
@@ -1133,15 +1160,16 @@ class Claude:
     """One CLI process. No method blocks; who owns it reads and writes when it can be.
 
     It is told the lines of `todo` one by one; `waiting` while an earlier turn has not
-    been taken in. `setup` and `turns` are what it has been told, or will be when `todo`
-    is empty. Owned by Keeper, then by the thread of the request that takes it, then by
-    Keeper again until it is reaped.
+    been taken in. `conversation` is what it has been told, or will be when `todo` is
+    empty. Owned by Keeper, then by the thread of the request that takes it, then by
+    Keeper again until it is reaped. `home` is a directory that holds CWD; the CLI gets
+    one there for its temporary files, too, which is removed when it is reaped.
     """
 
-    def __init__(self, program: Program, spawn: Spawn, cwd: str, trace: str = ""):
-        self.program, self.spawn = program, spawn
-        self.setup: Optional[Setup] = None
-        self.turns: List[Json] = []
+    def __init__(self, program: Program, model: str, home: str):
+        self.program = program
+        self.conversation = Conversation(model)
+        self.tools: List[Json] = []
         self.todo: collections.deque = collections.deque()  # (line, whether to wait)
         self.outbox = bytearray()
         self.stdin_watched = False  # by the selector of the owner
@@ -1150,11 +1178,13 @@ class Claude:
         self.alive_at = self.born = time.monotonic()  # the last sign of life
         self.complaint = b""  # the end of its stderr
         self.stopped = 0.0  # when it was sent a signal
+        self.scratch = tempfile.mkdtemp(dir=home)
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
-            [program.path, *arguments(spawn)],
+            [program.path, *ARGV, "--model", model],
             bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe,
-            cwd=cwd, env=environment(spawn),
+            cwd=os.path.join(home, CWD),
+            env={**environment(), "CLAUDE_CODE_TMPDIR": self.scratch},
             start_new_session=True,  # a process group of its own, to end it whole
         )  # fmt: skip
         self.stdin, self.stdout, self.stderr = self.pipes = (
@@ -1162,32 +1192,37 @@ class Claude:
         )  # fmt: skip
         for pipe in self.pipes:
             os.set_blocking(pipe.fileno(), False)
-        name = f"{time.strftime('%Y%m%dT%H%M%S')}-{self.process.pid}"
-        self.trace = trace and os.path.join(trace, name)  # where its files begin
 
     def is_usable(self, program: Program) -> bool:
         """Whether it is alive, and of the CLI that is installed now."""
         return self.program == program and self.process.poll() is None
 
-    def fits(self, ask: Ask) -> bool:
-        """Whether all that it has been told is the beginning of `ask`."""
-        if self.spawn != ask.spawn or self.setup not in (None, ask.setup):
+    def fits(self, wanted: Conversation) -> bool:
+        """Whether all that it has been told is the beginning of `wanted`. Another model
+        is late when a turn was told: the CLI puts it into the conversation."""
+        told = self.conversation
+        if told.setup not in (None, wanted.setup):
             return False
-        count = len(self.turns)
-        return count < len(ask.turns) and self.turns == ask.turns[:count]
+        if told.turns or self.program.version < LATE_MODEL_CLI:
+            count = len(told.turns)
+            return told.model == wanted.model and told.turns == wanted.turns[:count]
+        return True
 
-    def tell(self, setup: Setup, turns: List[Json], query: bool) -> None:
-        """Queue what it has not been told; with `query` the last turn asks. Raises
-        RecursionError, and changes nothing then, for JSON that is nested too deeply."""
-        lines = []
-        if self.setup is None:
-            lines.append(initialize_line(setup))
-        for place in range(len(self.turns), len(turns) - query):
-            lines.append(turn_line(turns[place], place, self.program.version))
-        if query:
-            lines.append(query_line(turns[-1], self.program.version))
-        self.todo.extend([(json.dumps(line), "shouldQuery" in line) for line in lines])
-        self.setup, self.turns, self.alive_at = setup, turns, time.monotonic()
+    def tell(self, wanted: Conversation, query: Iterable[str] = ()) -> None:
+        """Queue what it has not been told of `wanted`, which it fits, and `query`."""
+        told, lines = self.conversation, []
+        if told.model != wanted.model:
+            lines.append(json.dumps(settings_line({"model": wanted.model})))
+        if told.setup is None and wanted.setup:
+            setup = Setup(*json.loads(wanted.setup))
+            self.tools = setup.tools
+            lines.append(json.dumps(initialize_line(setup)))
+        turns = wanted.turns[len(told.turns) :]
+        waits = [turn.startswith('{"type": "user"') for turn in turns]
+        self.todo.extend((line, False) for line in lines)
+        self.todo.extend(zip(turns, waits))
+        self.todo.extend((line, False) for line in query)
+        self.conversation, self.alive_at = wanted, time.monotonic()
         self.advance()
 
     def advance(self) -> None:
@@ -1200,9 +1235,7 @@ class Claude:
             self.send("\n".join(lines))
 
     def send(self, text: str) -> None:
-        data = text.encode() + b"\n"
-        self.tee("stdin.jsonl", data)
-        self.outbox += data
+        self.outbox += text.encode() + b"\n"
         self.write()
 
     def write(self) -> None:
@@ -1221,7 +1254,6 @@ class Claude:
         data = read_some(self.stdout)
         if not data:
             return None if data == b"" else []
-        self.tee("stdout.jsonl", data)
         head, newline, tail = data.rpartition(b"\n")
         if not newline:
             self.partial.append(data)
@@ -1241,15 +1273,6 @@ class Claude:
         data = read_some(self.stderr)
         self.complaint = (self.complaint + (data or b""))[-2000:]
         return data != b""
-
-    def tee(self, name: str, data: bytes) -> None:
-        """For --trace: what passes, appended to a file that is the owner's alone."""
-        if self.trace:
-            mode = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-            with contextlib.suppress(OSError):  # a full disk stops no answer
-                file = os.open(f"{self.trace}.{name}", mode | os.O_NOFOLLOW, 0o600)
-                with open(file, "wb") as copy:
-                    copy.write(data)
 
     def settle(self, line: Json) -> bool:
         """Whether this line is none of the answer; what it asks for is done then."""
@@ -1276,8 +1299,8 @@ class Claude:
             result = {"protocolVersion": params.get("protocolVersion")}
             result.update(capabilities={"tools": {}})
             result.update(serverInfo={"name": SERVER, "version": __version__})
-        elif method == "tools/list" and self.setup:
-            result = {"tools": self.setup.tools}
+        elif method == "tools/list":
+            result = {"tools": self.tools}
         reply = {"jsonrpc": "2.0", "id": message.get("id", 0), "result": result}
         response = {"subtype": "success", "request_id": line.get("request_id")}
         response["response"] = {"mcp_response": reply}
@@ -1303,6 +1326,7 @@ class Claude:
         self.stop(signal.SIGKILL)  # what it may have left in its group
         self.close()
         self.sweep()
+        shutil.rmtree(self.scratch, ignore_errors=True)
         return True
 
     def sweep(self) -> None:
@@ -1427,48 +1451,19 @@ def forget(selector: selectors.BaseSelector, claude: Claude) -> None:
             selector.unregister(pipe)
 
 
-class Wish(NamedTuple):
-    """A spare to be: all of None and [] makes a blank one."""
+class Installation:
+    """The CLI that is installed, and its login.
 
-    spawn: Spawn
-    setup: Optional[Setup] = None
-    turns: List[Json] = []
-
-
-class Keeper:
-    """Finds the CLI, starts its processes, keeps spare ones, sees that each one ends.
-
-    A spare fits a request when all that it has been told (spawn settings, setup, turns)
-    is the beginning of what the request needs; the one that has been told most wins and
-    is told the rest. So there are blank ones, initialized ones (same system prompt and
-    tools) and primed ones (a conversation up to the last answer).
-
-    They are told nothing else. (Two things would warm a new one up, but are none of the
-    request's: `get_context_usage` has the API count tokens a dozen times; behind a turn
-    without content the CLI marks requests as if that were their beginning.)
-
-    They are started, and told ahead, by the main thread when an answer is out: it has
-    nothing else to do, so no thread is needed for it and the request that caused it is
-    not delayed. `lock` guards all lists and the spares in them, and is held for no
-    wait, so it can't deadlock; a signal's handler may take it again. `probing` is held
-    while the CLI is asked who it is, with no other lock in hand. `selector`, where the
-    spares' pipes are, is waited for by the main thread; who takes a spare unregisters
-    it there, which epoll and kqueue allow meanwhile.
+    `probing` guards all of it, and is held while the CLI is asked; nothing else is
+    waited for meanwhile, so it can't deadlock. Single values are read without it.
     """
 
-    def __init__(self, chosen: str = "", most: int = 0, trace: str = ""):
-        self.chosen, self.most, self.trace = chosen, most, trace
-        self.lock, self.probing = threading.RLock(), threading.Lock()
-        self.live: Set[Claude] = set()  # answering
-        self.dying: List[Claude] = []  # sent a signal, not reaped yet
-        self.spares: List[Claude] = []  # the one used least recently first
-        self.wishes: List[Wish] = []
-        self.setups: collections.deque = collections.deque(maxlen=8)  # asked for before
-        self.selector = selectors.DefaultSelector()
+    def __init__(self, chosen: str = ""):
+        self.chosen = chosen
+        self.probing = threading.Lock()
         self.found: Optional[Program] = None
         self.login: Optional[bool] = None  # None: not known
         self.look_at = 0.0  # when to look again for a login
-        self.home = tempfile.mkdtemp(prefix="claude-max-proxy-")  # 0700; the CLIs' cwd
 
     def current(self) -> Optional[Program]:
         """The CLI as it was probed, if it was and has not been replaced."""
@@ -1500,36 +1495,88 @@ class Keeper:
         except APIError as error:
             return None, str(error)
 
+    def login_works(self) -> None:
+        with self.probing:
+            self.login = True
+
     def login_refused(self) -> None:
         """The API says so; `claude auth status` only knows that there is a login."""
-        self.login, self.look_at = False, time.monotonic() + REFUSED_SECONDS
-        self.drop(lambda claude: True)  # they know the old login
+        with self.probing:
+            self.login, self.look_at = False, time.monotonic() + REFUSED_SECONDS
+
+
+class Keeper:
+    """Starts the CLI's processes, keeps spare ones, sees that each one ends.
+
+    A spare fits a request when all that it has been told is the beginning of what the
+    request needs; the one that has been told most wins, and only the rest is sent. So
+    there are blank ones, initialized ones (system prompt and tools) and primed ones (a
+    conversation's turns). A process that was asked is never used again.
+
+    When an answer begins, a spare is told the conversation so far, and a new process
+    starts in its place; when the answer is out, the spare is told that, too. Of two or
+    more spares one stays blank, for a request that nobody expects. An old one is
+    renewed, one at a time, so that another is there meanwhile; a server that nobody
+    asks for REST_SECONDS lets its spares go.
+
+    The main thread does all this: it has nothing else to do, so no thread is needed for
+    it, and no token waits for it. `lock` guards all fields and the spares, and is held
+    for no wait, so it can't deadlock; a signal's handler may take it again. `selector`,
+    where the spares' pipes are, is waited for by the main thread; who takes a spare
+    unregisters it there, which epoll and kqueue allow meanwhile.
+    """
+
+    def __init__(self, installation: Installation, most: int = 0):
+        self.installation, self.most = installation, most
+        self.lock = threading.RLock()
+        self.live: Set[Claude] = set()  # answering
+        self.dying: List[Claude] = []  # sent a signal, not reaped yet
+        self.spares: List[Claude] = []  # the one used least recently first
+        self.wishes: List[Tuple[Ask, List[Json]]] = []  # see expect()
+        self.filling = False  # whether spares are to be started
+        self.setups: collections.deque = collections.deque(maxlen=8)  # asked for before
+        self.model = "sonnet"  # of the last request
+        self.asked_at = time.monotonic()
+        self.selector = selectors.DefaultSelector()
+        self.home = ""  # see directory()
+
+    def directory(self) -> str:
+        """The CLIs' home (0700), made anew where a cleaner took it. Raises OSError."""
+        with self.lock:
+            if not os.path.isdir(self.home):
+                self.home = tempfile.mkdtemp(prefix="claude-max-")
+            os.makedirs(os.path.join(self.home, CWD), 0o700, exist_ok=True)
+            return self.home
 
     def start(self, ask: Ask) -> Claude:
-        """A process that has been told all of `ask`. Raises APIError 503."""
-        program = self.program()
-        claude = self.take(ask, program) or self.spawn(program, ask.spawn)
+        """A process that has been told all of `ask`. Raises APIError 400, 503."""
+        program = self.installation.program()
+        try:
+            wanted = conversation(ask, ask.turns[:-1], program.version)
+            last = query_line(ask.turns[-1], program.version)
+            query = [json.dumps(options_line(ask.options)), json.dumps(last)]
+        except RecursionError:
+            raise too_deep() from None
+        claude = self.take(wanted, program) or self.spawn(program, ask.model)
         with self.lock:
             self.live.add(claude)
-        try:
-            claude.tell(ask.setup, ask.turns, query=True)
-        except RecursionError:
-            self.retire(claude)
-            raise too_deep() from None
+            self.asked_at, self.model = time.monotonic(), ask.model
+        claude.tell(wanted, query)
         return claude
 
-    def take(self, ask: Ask, program: Program) -> Optional[Claude]:
+    def take(self, wanted: Conversation, program: Program) -> Optional[Claude]:
         """The spare that fits best, if any: nobody else's from here on."""
         with self.lock:
-            usable = [c for c in self.spares if c.is_usable(program) and c.fits(ask)]
+            usable = [c for c in self.spares if c.is_usable(program) and c.fits(wanted)]
             if not usable:
                 return None
-            most = max(usable, key=lambda c: (len(c.turns), c.setup is not None))
-            return self.release(most)
+            told = [c.conversation for c in usable]
+            most = max((len(c.turns), bool(c.setup), i) for i, c in enumerate(told))
+            return self.release(usable[most[-1]])
 
-    def spawn(self, program: Program, spawn: Spawn) -> Claude:
+    def spawn(self, program: Program, model: str) -> Claude:
         try:
-            return Claude(program, spawn, self.home, self.trace)
+            return Claude(program, model, self.directory())
         except OSError as error:
             reason = f"Claude Code can't be started: {error.strerror}."
             raise unavailable(reason, "no_cli") from error
@@ -1549,49 +1596,70 @@ class Keeper:
             self.live.discard(claude)
             self.dying.append(claude)
 
-    def wish_for_next(self, ask: Ask, turns: List[Json]) -> None:
-        """An answer is out: have ready what the next request may need. `turns` are the
-        conversation's if it is likely to go on. One-shot requests cost one start each,
-        as without spares: a blank process, or an initialized one where the same system
-        prompt and tools come again."""
+    def expect(self, ask: Ask, turns: List[Json]) -> None:
+        """Have tick() prepare a spare for a request like `ask`, with these turns behind
+        it. Without turns it is one for another conversation: blank at first, then,
+        when the same system prompt and tools come again, initialized."""
         with self.lock:
-            if not self.most:
-                return
-            known = ask.setup in self.setups
-            self.setups.append(ask.setup)
-            if not any(c.fits(ask) and not c.turns for c in self.spares):
-                self.wishes.append(Wish(ask.spawn, ask.setup if known else None))
-            if turns:
-                self.wishes.append(Wish(ask.spawn, ask.setup, turns))
+            if self.most:
+                self.wishes.append((ask, turns))
+                self.filling = True
 
     def tick(self) -> None:
-        """Reap what has ended, retire old spares, start those wished for. The main
-        thread's part."""
+        """Reap what has ended, prepare and renew spares. The main thread's part."""
+        self.reap()
+        program = self.installation.current()
+        self.drop([c for c in self.spares if c.program != program])
+        with self.lock:
+            wishes, self.wishes = self.wishes, []
+        with contextlib.suppress(APIError):  # the next request says what is wrong
+            for ask, turns in wishes if program else ():
+                self.prepare(ask, turns, program)
+            if program and self.filling:
+                self.fill(program)
+        self.renew()
+
+    def reap(self) -> None:
         for claude in self.dying[:]:
             if claude.is_gone():
                 with self.lock:
                     self.dying.remove(claude)
-        while self.wishes:
-            wish, program = self.wishes[0], self.current()
-            if program:  # else the next request finds it, or says what is wrong
-                with contextlib.suppress(APIError):
-                    self.add(self.spawn(program, wish.spawn), wish)
-            self.wishes.pop(0)
-        too_old = time.monotonic() - SPARE_SECONDS
-        self.drop(lambda claude: claude.born < too_old)
 
-    def add(self, claude: Claude, wish: Wish) -> None:
-        """A new spare; the least recently used ones make room."""
+    def prepare(self, ask: Ask, turns: List[Json], program: Program) -> None:
+        wanted = conversation(ask, turns, program.version)
+        if not turns and wanted.setup not in self.setups:
+            self.setups.append(wanted.setup)
+            wanted = Conversation(ask.model)
+        claude = self.take(wanted, program)
+        if not claude:
+            self.drop(self.spares[: max(0, len(self.spares) - self.most + 1)])
+            claude = self.spawn(program, ask.model)
+        self.add(claude, wanted)
+
+    def fill(self, program: Program) -> None:
+        self.filling = False
+        told = [c for c in self.spares if c.conversation.setup]
+        self.drop(told[: max(0, len(told) - max(1, self.most - 1))])
+        while len(self.spares) < self.most:
+            self.add(self.spawn(program, self.model), Conversation(self.model))
+
+    def renew(self) -> None:
+        """Drop a spare that is too old; fill() starts another."""
+        now, by_age = time.monotonic(), sorted(self.spares, key=lambda c: c.born)
+        if not by_age or by_age[-1].born > now - STARTED_SECONDS:
+            return
+        if by_age[0].born < now - SPARE_SECONDS:
+            self.drop(by_age[:1])
+            self.filling = now < self.asked_at + REST_SECONDS
+
+    def add(self, claude: Claude, wanted: Conversation) -> None:
+        """A spare, to be told what it has not been told of `wanted`."""
         with self.lock:
             self.spares.append(claude)
             self.selector.register(claude.stdout, selectors.EVENT_READ, claude)
             self.selector.register(claude.stderr, selectors.EVENT_READ, claude)
-            if wish.setup:
-                with contextlib.suppress(RecursionError):  # then it stays a blank one
-                    claude.tell(wish.setup, wish.turns, query=False)
+            claude.tell(wanted)
             watch_stdin(self.selector, claude)
-            surplus = self.spares[: -self.most]
-        self.drop(lambda claude: claude in surplus)
 
     def feed(self, key: Any) -> None:
         """A pipe of a spare is ready: let it take in what it is told. One that fails or
@@ -1605,24 +1673,21 @@ class Keeper:
             except APIError:
                 failed = True
             if failed:
-                self.release(key.data)
+                self.drop([key.data])
             else:
                 watch_stdin(self.selector, key.data)
-        if failed:
-            self.retire(key.data)
 
-    def drop(self, unwanted: Any) -> None:
-        """Retire the spares for which `unwanted` holds."""
+    def drop(self, claudes: List[Claude]) -> None:
+        """Retire these, as far as they are spares."""
         with self.lock:
-            dropped = [self.release(c) for c in self.spares[:] if unwanted(c)]
-        for claude in dropped:
-            self.retire(claude)
+            for claude in [c for c in claudes if c in self.spares]:
+                self.retire(self.release(claude))
 
     def spare_no_more(self) -> None:
         with self.lock:
             self.most = 0
             self.wishes.clear()
-        self.drop(lambda claude: True)
+            self.drop(self.spares[:])
 
     def stop_all(self, how: int) -> None:
         with self.lock:
@@ -2102,7 +2167,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if is_v6 else socket.AF_INET
         super().__init__((settings.host, settings.port), Handler)
         self.gate = Gate(settings.max_concurrency)
-        self.keeper = Keeper(settings.claude, settings.spares, settings.trace)
+        self.installation = Installation(settings.claude)
+        self.keeper = Keeper(self.installation, settings.spares)
         self.origins = set(re.findall(r"[^\s,]+", settings.allow_origin))
         self.thoughts: Thoughts = {}
         self.rate_limit: Optional[Json] = None
@@ -2135,12 +2201,12 @@ class Server(http.server.ThreadingHTTPServer):
         selector.register(self.socket, selectors.EVENT_READ, self.accept)
         selector.register(self.woken, selectors.EVENT_READ, self.was_woken)
         while not self.stopping:
+            self.keeper.tick()
             for key, _ in selector.select(TICK_SECONDS):
                 if isinstance(key.data, Claude):
                     self.keeper.feed(key)
                 else:
                     key.data()
-            self.keeper.tick()
 
     def accept(self) -> None:
         try:
@@ -2171,14 +2237,12 @@ class Server(http.server.ThreadingHTTPServer):
         self.woken.close()
         self.waker.close()
 
-    def answer(
-        self, reply: Reply, client: TimedReader, body: bytes
-    ) -> Iterator[Optional[Delta]]:
+    def answer(self, reply: Reply, client: TimedReader) -> Iterator[Optional[Delta]]:
         """The deltas of one response; None when there is no more for now. After some
         silence comes one that changes nothing. (A comment would not reset the watchdogs
-        of some clients.) `body` is the request's, for --trace."""
+        of some clients.)"""
         begun = spoke = time.monotonic()
-        with contextlib.closing(self.run(reply, client, body)) as deltas:
+        with contextlib.closing(self.run(reply, client)) as deltas:
             for delta in deltas:
                 now = time.monotonic()
                 if delta is not None:
@@ -2190,9 +2254,7 @@ class Server(http.server.ThreadingHTTPServer):
                     yield reply.add(0, {"content": ""})
                 yield delta
 
-    def run(
-        self, reply: Reply, client: TimedReader, body: bytes
-    ) -> Iterator[Optional[Delta]]:
+    def run(self, reply: Reply, client: TimedReader) -> Iterator[Optional[Delta]]:
         """A process for each choice, from its place in the queue to its end."""
         ask = reply.ask
         yield from self.gate.enter(ask.n, client)
@@ -2201,11 +2263,11 @@ class Server(http.server.ThreadingHTTPServer):
             self.refuse_when_stopping()
             for _ in range(ask.n):
                 claudes.append(self.keeper.start(ask))
-                claudes[-1].tee("request.json", body)
             yield from self.converse(reply, claudes, client)
         except APIError as error:
             if error.status == 401:
-                self.keeper.login_refused()
+                self.installation.login_refused()
+                self.keeper.drop(self.keeper.spares[:])  # they know the old login
             raise
         finally:
             for claude in claudes:
@@ -2232,6 +2294,8 @@ class Server(http.server.ThreadingHTTPServer):
                 if answer.finish_reason:
                     claude.stop(signal.SIGTERM if answer.calm else signal.SIGKILL)
                 reply.model = answer.model or reply.model
+                if deltas and not reply.choices:
+                    self.expect(ask, ask.turns if ask.goes_on else [])
                 for delta in deltas:
                     yield reply.add(answer.index, delta)
                 if answer.finish_reason:
@@ -2270,7 +2334,7 @@ class Server(http.server.ThreadingHTTPServer):
     def learn(self, answers: List[Answer]) -> None:
         """An answer is complete: keep its signed thinking for the next request of its
         tool loop."""
-        self.keeper.login = True
+        self.installation.login_works()
         for answer in answers:
             if answer.calls:
                 thought = Thought(answer.model, answer.thinking)
@@ -2278,28 +2342,26 @@ class Server(http.server.ThreadingHTTPServer):
         while len(self.thoughts) > MAX_THOUGHTS:
             self.thoughts.pop(next(iter(list(self.thoughts))), None)
 
-    def prepare(self, reply: Reply) -> None:
-        """An answer is out: let the Keeper get ready for the next request, and the main
-        thread work."""
-        if reply.usage:
-            ask, message = reply.ask, reply.choices[0].message()
-            calls = "tool_calls" in message
-            turns: List[Json] = []
-            if ask.n == 1 and (calls or (len(ask.turns) > 1 and message["content"])):
-                script = Transcript(self.thoughts, ask.spawn.model, ask.turns)
-                with contextlib.suppress(APIError):  # two calls of one id
-                    script.add(message, "answer")
-                    turns = script.turns
-            self.keeper.wish_for_next(ask, turns)
+    def expect(self, ask: Ask, turns: List[Json]) -> None:
+        """An answer begins, or is out: let the main thread have a process ready for the
+        next request."""
+        self.keeper.expect(ask, turns)
         self.wake()
+
+    def expect_next_turn(self, reply: Reply) -> None:
+        ask, message = reply.ask, reply.choices[0].message()
+        script = Transcript(self.thoughts, ask.model, ask.turns)
+        with contextlib.suppress(APIError):  # two calls of one id
+            script.add(message, "answer")
+            self.expect(ask, script.turns)
 
     def health(self) -> Tuple[int, Json]:
         """-> (status, body) of /health."""
-        program, problem = self.keeper.look()
+        program, problem = self.installation.look()
         claude = {
             "path": program.path if program else None,
             "version": program.version_text if program else None,
-            "logged_in": self.keeper.login if program else None,
+            "logged_in": self.installation.login if program else None,
         }
         body = {"status": "error" if problem else "ok", "version": __version__}
         body.update({"message": problem} if problem else {}, claude=claude)
@@ -2504,7 +2566,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise too_deep() from None
         name, now = "chatcmpl-" + os.urandom(12).hex(), int(time.time())
         self.reply = Reply(ask, name, now)
-        deltas = self.server.answer(self.reply, self.reader, self.body)
+        deltas = self.server.answer(self.reply, self.reader)
         try:
             with contextlib.closing(deltas):
                 if ask.stream:
@@ -2512,7 +2574,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 collections.deque(deltas, maxlen=0)
             self.send_json(200, self.reply.completion())
         finally:
-            self.server.prepare(self.reply)
+            if self.reply.usage and ask.goes_on:
+                self.server.expect_next_turn(self.reply)
 
     ROUTES = {
         "/health": {"GET": get_health, "OPTIONS": preflight},
@@ -2534,7 +2597,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise APIError(415, "Content-Type must be application/json.")
         raw = self.read_body()
         self.body_unread = False
-        self.body = raw if self.server.settings.trace else b""
         try:
             return parse_json(raw)
         except ValueError:
@@ -2765,6 +2827,15 @@ def raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
+def temporary_problem() -> str:
+    """What is wrong with the directory for temporary files, which the CLI needs."""
+    try:
+        tempfile.gettempdir()
+    except OSError:
+        return "There is no usable directory for temporary files: set TMPDIR."
+    return ""
+
+
 def withheld_notes() -> List[str]:
     found = ", ".join(name for name in BILLED if os.environ.get(name))
     why = "is set, and kept from Claude Code: it would bill you by the token."
@@ -2786,13 +2857,13 @@ def run_checks(settings: Settings) -> int:
         problems.extend([problem] if problem else [])
         print(f"problem  {problem}" if problem else f"ok       {fine}")
 
-    keeper = Keeper(settings.claude)
     say("", f"Python {sys.version.split()[0]}")
-    program, problem = keeper.look()
+    program, problem = Installation(settings.claude).look()
     if program:
         say("", f"Claude Code {program.version_text} at {program.path}")
     say(problem, "logged in")
-    keeper.close()
+    if temporary_problem():
+        say(temporary_problem(), "")
     try:
         with socket.create_server((settings.host, settings.port)):
             say("", f"port {settings.port} is free")
@@ -2823,13 +2894,14 @@ def announce(server: Server) -> None:
     host = "localhost" if is_loopback(settings.host) else settings.host
     url = f"http://{host}:{server.server_port}/v1"
     lines = [f"claude_max_proxy {__version__} serves {url}"]
-    program, problem = server.keeper.look()
+    program, problem = server.installation.look()
+    server.keeper.filling = not problem
     if program:
         lines.append(f"Claude Code {program.version_text} at {program.path}")
     lines.append(f"problem: {problem}" if problem else "logged in")
+    if temporary_problem():
+        lines.append(f"problem: {temporary_problem()}")
     lines += [f"note: {note}" for note in withheld_notes()]
-    if settings.trace:
-        lines.append(f"note: --trace writes prompts to {settings.trace}")
     lines.append("models: " + ", ".join(KNOWN_MODELS))
     key = ' -H "Authorization: Bearer $KEY"' if settings.api_key else ""
     body = '{"model":"sonnet","messages":[{"role":"user","content":"Hello!"}]}'

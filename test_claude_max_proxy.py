@@ -103,6 +103,7 @@ class StandIn:
     def __init__(self, argv):
         env = {k: v for k, v in os.environ.items() if SHOWN_VARIABLES.match(k)}
         self.told = {"argv": argv, "env": env, "cwd": os.getcwd(), "turns": []}
+        self.told["settings"] = []
         self.tools = []
         self.backlog = []  # lines that came while an answer was awaited
         self.in_halves = False
@@ -136,7 +137,12 @@ class StandIn:
             line = json.loads(raw)
             kind = line["type"]
             if kind == "control_request":
-                self.initialize(line)
+                if line["request"]["subtype"] == "initialize":
+                    self.initialize(line)
+                else:
+                    settings = line["request"]["settings"]
+                    self.told["settings"].append(settings)
+                    self.told["env"].update(settings.get("env", {}))
             elif kind in ("user", "assistant"):
                 self.told["turns"].append(line["message"])
                 self.told.setdefault("lines", []).append(
@@ -201,6 +207,8 @@ class StandIn:
     def stream(self, wish, names):
         block, told, cut = {}, "", int(wish.get("cut") or 0)
         model = self.told["argv"][self.told["argv"].index("--model") + 1]
+        for settings in self.told["settings"]:
+            model = settings.get("model", model)
         for event in events(wish, names, f"claude-{model}-mock"):
             if event["type"] == "content_block_start":
                 block, told = dict(event["content_block"]), ""
@@ -622,8 +630,7 @@ class Bench:
     def by_hand(self):
         """A CLI that is already up, told all it needs in one write -> first text."""
         proxy = self.proxy
-        spawn = proxy.Spawn("sonnet")
-        argv, env = [self.claude, *proxy.arguments(spawn)], proxy.environment(spawn)
+        argv, env = [self.claude, *proxy.ARGV, "--model", "sonnet"], proxy.environment()
         pipe = subprocess.PIPE
         with subprocess.Popen(
             argv, stdin=pipe, stdout=pipe, env=env, cwd=self.home
@@ -836,7 +843,7 @@ class Result:
         """The completion; of a stream, what its chunks fold into."""
         if self.json:
             return self.json
-        reply = proxy.Reply(proxy.Ask("", None, None, []), "", 0)
+        reply = proxy.Reply(proxy.Ask("", "", None, None, []), "", 0)
         for chunk in self.chunks:
             reply.usage = chunk.get("usage")
             for choice in chunk["choices"]:
@@ -987,7 +994,7 @@ def nothing_left(tmp_path_factory):
         yield
     until(lambda: set(threading.enumerate()) <= before)
     assert not children()
-    assert not list(home.glob("claude-max-proxy-*"))
+    assert not list(home.glob("claude-max-*"))
 
 
 def user(text):
@@ -1415,8 +1422,8 @@ def test_max_tokens(server):
     "effort, flag", [("minimal", "low"), ("low", "low"), ("max", "max")]
 )
 def test_reasoning_effort(server, effort, flag):
-    argv = server.told("x", reasoning_effort=effort)["argv"]
-    assert argv[argv.index("--effort") + 1] == flag
+    told = server.told("x", reasoning_effort=effort)
+    assert told["env"]["CLAUDE_CODE_EFFORT_LEVEL"] == flag
 
 
 def test_reasoning_effort_none(server):
@@ -1557,7 +1564,7 @@ def test_nothing_of_a_request_is_in_argv(server):
 
 def test_the_environment_is_closed(make, monkeypatch):
     own = "CLAUDE_MAX_PROXY_API_KEY"
-    for name in (own, *proxy.WITHHELD, *proxy.SPAWN_VARIABLES):
+    for name in (own, *proxy.WITHHELD, *proxy.OPTION_VARIABLES):
         monkeypatch.setenv(name, "LEAK")
     monkeypatch.setenv("CLAUDE_CODE_OAUTH_TOKEN", "kept")
     told = make().told("x")
@@ -1812,8 +1819,9 @@ def test_a_cli_that_closes_its_stdin_is_not_written_to_for_ever(tmp_path):
     cli.write_text("#!/bin/sh\nexec 0<&-\nsleep 60\n")
     cli.chmod(0o755)
     program = proxy.Program(str(cli), (2, 1, 330), ())
-    claude = proxy.Claude(program, proxy.Spawn("x"), str(tmp_path))
-    claude.tell(proxy.Setup("x" * 3_000_000), [], query=False)
+    (tmp_path / proxy.CWD).mkdir()
+    claude = proxy.Claude(program, "x", str(tmp_path))
+    claude.tell(proxy.Conversation("x", json.dumps(["x" * 3_000_000, []])))
     until(lambda: claude.write() or not claude.outbox)
     claude.stop(signal.SIGKILL)
     until(claude.is_gone)
@@ -2075,11 +2083,11 @@ def test_names_and_ids_that_the_api_refuses(server):
     ],
 )
 def test_tool_choice(choice, parallel, native):
-    spawn = ask_of(
+    options = ask_of(
         tools=[tool()], tool_choice=choice, parallel_tool_calls=parallel
-    ).spawn
-    assert json.loads(spawn.tool_choice or "{}") == native
-    assert spawn.thinking == (native.get("type") not in ("any", "tool"))
+    ).options
+    assert json.loads(options.tool_choice or "{}") == native
+    assert options.thinking == (native.get("type") not in ("any", "tool"))
 
 
 def test_tool_choice_reaches_the_cli(server):
@@ -2203,7 +2211,7 @@ def test_long_descriptions_move_where_they_are_not_cut():
 def test_history_with_calls_but_without_tools():
     ask = ask_of([user("a"), calling(call()), tool_result()])
     assert [t["name"] for t in ask.setup.tools] == ["get_weather"]
-    assert json.loads(ask.spawn.tool_choice) == {"type": "none"}
+    assert json.loads(ask.options.tool_choice) == {"type": "none"}
 
 
 # Signed thinking in a tool loop.
@@ -2244,8 +2252,8 @@ def test_thinking_comes_back_in_a_tool_loop(make):
 )
 def test_unknown_thinking_in_a_tool_loop_turns_it_off_where_it_must(model, thinking):
     loop = [user("a"), calling(call()), tool_result()]
-    assert ask_of(loop, model=model, tools=[tool()]).spawn.thinking is thinking
-    assert ask_of([*loop, assistant("b"), user("c")], model=model).spawn.thinking
+    assert ask_of(loop, model=model, tools=[tool()]).options.thinking is thinking
+    assert ask_of([*loop, assistant("b"), user("c")], model=model).options.thinking
 
 
 def test_thoughts_are_bounded(make, monkeypatch):
@@ -2362,8 +2370,8 @@ def test_structured_output(server, stream):
 def test_structured_output_is_forced(server):
     ask = ask_of(response_format=json_schema())
     assert ask.setup.tools[0]["inputSchema"] == SCHEMA
-    assert ask.structured and not ask.spawn.thinking
-    choice = json.loads(ask.spawn.tool_choice)
+    assert ask.structured and not ask.options.thinking
+    choice = json.loads(ask.options.tool_choice)
     assert choice["name"] == "StructuredOutput" and choice["disable_parallel_tool_use"]
     assert ask_of(response_format={"type": "text"}) == ask_of()
     json_object = ask_of(response_format={"type": "json_object"})
@@ -2373,7 +2381,7 @@ def test_structured_output_is_forced(server):
 
 def test_structured_output_with_tools(server):
     both = {"tools": [tool()], "response_format": json_schema()}
-    assert json.loads(ask_of(**both).spawn.tool_choice) == {"type": "any"}
+    assert json.loads(ask_of(**both).options.tool_choice) == {"type": "any"}
     forced = ask_of(**both, tool_choice="required")
     assert not forced.structured and len(forced.setup.tools) == 1
     reply = server.chat("mock:tool=get_weather mock:notext", **both)
@@ -2472,27 +2480,36 @@ def sparing(make):
 
 
 def settling(one):
-    """A server whose wishes for spares have all come true between requests."""
+    """A server whose spares are as it wants them between requests."""
     one.keeper = one.server.keeper
 
-    def settled():
-        one.server.wake()
-        keeper = one.keeper
-        busy = (
-            one.server.busy
-            or keeper.wishes
-            or keeper.dying
-            or any(c.todo or c.outbox or c.waiting for c in keeper.spares)
-        )
-        return not busy
+    ticks, tick = [], one.keeper.tick
+    one.keeper.tick = lambda: ticks.append(tick())
 
-    one.settle = lambda: until(settled)
+    def settle():
+        until(one.quiet)
+        for _ in range(2):  # the first one may have begun before
+            count = len(ticks)
+            until(lambda: one.server.wake() or len(ticks) > count)
+        until(lambda: one.quiet() and not unsettled(one.keeper))
+
+    one.settle = settle
     return one
 
 
+def unsettled(keeper):
+    fed = not any(c.todo or c.outbox or c.waiting for c in keeper.spares)
+    return keeper.wishes or keeper.filling or not fed
+
+
+BLANK, INITIALIZED = (False, 0), (True, 0)
+
+
 def spares_of(one):
+    """What each has been told, the most first: (whether a setup, how many turns)."""
     one.settle()
-    return [(bool(c.setup), len(c.turns)) for c in one.keeper.spares]
+    told = [claude.conversation for claude in one.keeper.spares]
+    return sorted([(bool(c.setup), len(c.turns)) for c in told], reverse=True)
 
 
 def pids_of(one):
@@ -2505,22 +2522,26 @@ def ask_spare(one, messages, **parameters):
     before = pids_of(one)
     reply = one.chat(messages, **parameters)
     assert reply.status == 200
-    one.server.wake()
     return reply, bool(before - pids_of(one))
 
 
-def test_one_shot_requests_leave_one_generic_spare(sparing):
-    assert spares_of(sparing) == []
+def test_spares_start_with_the_server(sparing, capsys):
+    proxy.announce(sparing.server)
+    assert spares_of(sparing) == [BLANK, BLANK]
+    assert ask_spare(sparing, "a")[1]
+
+
+def test_one_shot_requests(sparing):
     assert ask_spare(sparing, "a")[1] is False
-    assert spares_of(sparing) == [(False, 0)]
+    assert spares_of(sparing) == [BLANK, BLANK]
     reply, spare = ask_spare(sparing, "b")
     assert spare and reply.content == "You said: b "
-    assert spares_of(sparing) == [(True, 0)]  # the same system prompt came again
+    assert spares_of(sparing) == [INITIALIZED, BLANK]  # the same setup came again
     assert ask_spare(sparing, "c")[1]
 
 
 def test_a_new_conversation_finds_an_initialized_spare(sparing):
-    for spares in ([], [(False, 0)], [(True, 0)]):
+    for spares in ([], [BLANK] * 2, [INITIALIZED, BLANK]):
         assert spares_of(sparing) == spares
         told = sparing.told([system("s")])
         assert told["initialize"]["systemPrompt"] == ["s"]
@@ -2530,14 +2551,13 @@ def test_a_new_conversation_finds_an_initialized_spare(sparing):
 def test_a_conversation_finds_a_primed_spare(sparing):
     history = [system("s"), user("a"), assistant("b"), user("c")]
     reply = sparing.chat(history)
-    assert (True, 4) in spares_of(sparing)
+    assert spares_of(sparing) == [(True, 4), BLANK]
     history += [reply.message, user("mock:show")]
     reply, spare = ask_spare(sparing, history)
-    told = json.loads(reply.content)
-    assert spare and [t["role"] for t in told["turns"]] == ["user", "assistant"] * 2 + [
-        "user"
-    ]
-    assert told["turns"][3]["content"] == text_blocks("You said: c ")
+    turns = json.loads(reply.content)["turns"]
+    roles = ["user", "assistant", "user", "assistant", "user"]
+    assert spare and [turn["role"] for turn in turns] == roles
+    assert turns[3]["content"] == text_blocks("You said: c ")
 
 
 def test_a_tool_loop_finds_a_primed_spare(sparing):
@@ -2545,26 +2565,48 @@ def test_a_tool_loop_finds_a_primed_spare(sparing):
     for _ in range(3):
         reply, spare = ask_spare(sparing, history, tools=[tool()])
         asked = reply.message["tool_calls"][0]
-        history += [
-            reply.message,
-            tool_result(f"mock:tool=get_weather mock:tokens=1", asked["id"]),
-        ]
-    assert spare
-    assert sorted(spares_of(sparing))[-1] == (True, 6)
-    told = sparing.keeper.spares[-1].turns
-    assert [b["type"] for b in told[1]["content"]] == ["thinking", "text", "tool_use"]
+        result = tool_result("mock:tool=get_weather mock:tokens=1", asked["id"])
+        history += [reply.message, result]
+    assert spare and spares_of(sparing) == [(True, 6), BLANK]
+    answer = json.loads(sparing.keeper.spares[-1].conversation.turns[1])["message"]
+    kinds = [block["type"] for block in answer["content"]]
+    assert kinds == ["thinking", "text", "tool_use"]
+
+
+def test_the_next_process_starts_when_the_answer_begins(sparing):
+    """It has taken in the request's turns before the answer is out."""
+    messages = [user("a"), assistant("b"), user("mock:tokens=2 mock:gap_ms=60000")]
+    connection = send_request(sparing.port, messages[2]["content"], True, messages[:2])
+    told = [(True, 3), BLANK]
+    spares = sparing.keeper.spares
+    until(lambda: len(spares) == 2 and any(c.conversation.turns for c in spares))
+    until(lambda: not any(c.todo or c.waiting for c in spares))
+    connection.close()
+    assert spares_of(sparing) == told  # a cut answer is no part of what it is told
+    asked = {claude.process.pid for claude in sparing.keeper.spares}
+    told = sparing.told([*messages, assistant("half of")], model="opus")
+    assert [t["content"][0]["text"] for t in told["turns"][2:4]] == [
+        messages[2]["content"], "half of",
+    ]  # fmt: skip
+    assert asked - pids_of(sparing)
+
+
+@pytest.mark.parametrize("wish", ["mock:stop=refusal", "mock:cut=2 mock:else=other"])
+def test_one_of_several_or_a_failed_answer_primes_nothing_wrong(sparing, wish):
+    history = [user("a"), assistant("b"), user(wish)]
+    reply = sparing.chat(history, n=1 + ("stop" in wish))
+    assert reply.status == (200 if "stop" in wish else 502)
+    for claude in sparing.keeper.spares:
+        sparing.settle()
+        told = [json.loads(turn)["message"] for turn in claude.conversation.turns]
+        assert [t["content"][0]["text"] for t in told] in ([], ["a", "b", wish])
 
 
 DIFFERENT = {
     "another system prompt": lambda h: [system("other"), *h[1:]],
     "an edited earlier turn": lambda h: [h[0], user("edited"), *h[2:]],
     "an edited answer": lambda h: [*h[:-2], assistant("edited"), h[-1]],
-    "another conversation": lambda h: [
-        system("s"),
-        user("z"),
-        assistant("y"),
-        user("x"),
-    ],
+    "another conversation": lambda h: [h[0], user("z"), assistant("y"), user("x")],
     "a shorter one": lambda h: h[:2],
 }
 
@@ -2573,38 +2615,60 @@ DIFFERENT = {
 def test_a_spare_that_does_not_fit_is_not_used(sparing, difference):
     history = [system("s"), user("a"), assistant("b"), user("c")]
     history += [sparing.chat(history).message, user("d")]
-    sparing.settle()
-    primed = [c for c in sparing.keeper.spares if c.turns][0]
+    assert spares_of(sparing) == [(True, 4), BLANK]
     messages = DIFFERENT[difference](history)
     told = sparing.told([*messages, assistant("ok")])
     texts = [b["text"] for t in told["turns"] for b in t["content"]]
     wanted = [m["content"] for m in messages if m["role"] != "system"]
     assert texts == [*wanted, "ok", "mock:show"]
-    assert told["initialize"]["systemPrompt"] == [
-        messages[0]["content"] if messages[0]["role"] == "system" else ""
-    ]
-    assert primed.process.poll() is None or primed.stopped
+    assert told["initialize"]["systemPrompt"] == [messages[0]["content"]]
 
 
-@pytest.mark.parametrize(
-    "parameters",
-    [
-        {"model": "opus"},
-        {"max_tokens": 9},
-        {"reasoning_effort": "low"},
-        {"tools": [tool("other")]},
-        {"tools": [tool()], "tool_choice": "none"},
-        {"response_format": json_schema()},
-    ],
-)
-def test_a_spare_with_other_settings_is_not_used(sparing, parameters):
-    for _ in range(2):
-        sparing.chat("a", tools=[tool()])
-        sparing.settle()
-    keeper = sparing.keeper
-    ask = ask_of("a", **{"tools": [tool()], **parameters})
-    assert all(not c.fits(ask) for c in keeper.spares)
-    assert [c for c in keeper.spares if c.fits(ask_of("a", tools=[tool()]))]
+UNLIKE = [
+    ({"max_tokens": 9000}, {"CLAUDE_CODE_MAX_OUTPUT_TOKENS": "9000"}),
+    ({"reasoning_effort": "low"}, {"CLAUDE_CODE_EFFORT_LEVEL": "low"}),
+    ({"reasoning_effort": "none"}, {"CLAUDE_CODE_DISABLE_THINKING": "1"}),
+    ({"tool_choice": "none"}, '{"tool_choice":{"type": "none"}}'),
+]
+
+
+@pytest.mark.parametrize("parameters, env", UNLIKE)
+def test_a_primed_spare_serves_whatever_the_options(sparing, parameters, env):
+    history = [user("a"), assistant("b"), user("c")]
+    history.append(sparing.chat(history, tools=[tool()]).message)
+    history.append(user("mock:show"))
+    reply, spare = ask_spare(sparing, history, tools=[tool()], **parameters)
+    told = json.loads(reply.content)
+    env = {"CLAUDE_CODE_EXTRA_BODY": env} if isinstance(env, str) else env
+    assert spare and told["settings"] == [{"env": env}]
+    assert len(told["turns"]) == 5
+
+
+@pytest.mark.parametrize("version, late", [("2.1.330", True), ("2.1.328", False)])
+def test_the_model_is_told_before_the_first_turn(make, monkeypatch, version, late):
+    monkeypatch.setenv("STAND_IN_VERSION", version)
+    one = settling(make(spares=2))
+    proxy.announce(one.server)
+    assert spares_of(one) == [BLANK, BLANK]
+    history = [user("a"), assistant("b"), user("mock:show")]
+    told = json.loads(one.chat(history, model="opus").content)
+    assert ("opus" in told["argv"]) is not late
+    assert ({"model": "opus"} in told["settings"]) is late
+    assert spares_of(one) == [(True, 4), BLANK]
+    told = json.loads(one.chat(history, model="haiku").content)  # by a blank one
+    assert ("haiku" in told["argv"]) is not late
+
+
+def test_true_is_not_1(sparing):
+    def asked(value):
+        return [user("a"), calling(call(arguments=json.dumps({"x": value}))),
+                tool_result(), user("mock:show")]  # fmt: skip
+
+    told = sparing.chat(asked(1), tools=[tool()]).message
+    history = [*asked(True), told, user("mock:show")]
+    shown = json.loads(sparing.chat(history, tools=[tool()]).content)
+    assert shown["turns"][1]["content"][0]["input"] == {"x": True}
+    assert shown["turns"][1]["content"][0]["input"]["x"] is True
 
 
 def test_a_dead_spare_is_not_used(sparing):
@@ -2617,46 +2681,97 @@ def test_a_dead_spare_is_not_used(sparing):
     until(lambda: spare not in sparing.keeper.spares)
 
 
-def test_old_spares_end(sparing, monkeypatch):
+def test_spares_that_die_at_once_are_not_started_for_ever(make, tmp_path):
+    cli = tmp_path / "claude"
+    cli.write_text(f'#!/bin/sh\n[ "$1" = -p ] && echo x >>{tmp_path}/starts\n'
+                   "echo 2.1.330\n")  # fmt: skip
+    cli.chmod(0o755)
+    starts, one = tmp_path / "starts", settling(make(spares=2, claude=str(cli)))
+    proxy.announce(one.server)
+    until(lambda: starts.exists() and starts.read_text() == "x\n" * 2)
+    until(lambda: not one.keeper.spares and not one.keeper.dying)
+    one.keeper.tick()
+    assert not one.keeper.spares
+
+
+def test_an_old_spare_is_renewed(sparing, monkeypatch):
+    sparing.chat([user("a"), assistant("b"), user("c")])
+    before = pids_of(sparing)
+    monkeypatch.setattr(proxy, "STARTED_SECONDS", 0.3)
+    monkeypatch.setattr(proxy, "SPARE_SECONDS", 0.6)
+    counts = []
+    until(lambda: counts.append(len(sparing.keeper.spares)) or sparing.server.wake()
+          or not before & {c.process.pid for c in sparing.keeper.spares})  # fmt: skip
+    assert min(counts) >= 1 and max(counts) == 2  # one after the other
+    assert spares_of(sparing) == [BLANK, BLANK]
+
+
+def test_a_server_that_nobody_asks_holds_no_spares(sparing, monkeypatch):
     sparing.chat("a")
     sparing.settle()
-    spare = sparing.keeper.spares[0]
-    monkeypatch.setattr(proxy, "SPARE_SECONDS", 0)
+    for name in ("STARTED_SECONDS", "SPARE_SECONDS", "REST_SECONDS"):
+        monkeypatch.setattr(proxy, name, 0)
+    until(lambda: sparing.server.wake() or not sparing.keeper.spares)
+    assert spares_of(sparing) == []
+    assert sparing.chat("b").status == 200
+
+
+def test_spares_of_a_replaced_cli_end(sparing):
+    sparing.chat("a")
+    before, installation = pids_of(sparing), sparing.server.installation
+    assert len(before) == 2
+    installation.found = installation.found._replace(stamp=("old",))
     sparing.server.wake()
-    until(lambda: spare.process.poll() is not None)
-    assert sparing.keeper.spares == []
-
-
-def test_a_spare_of_a_replaced_cli_is_not_used(sparing):
-    sparing.chat("a")
-    sparing.settle()
-    program = sparing.keeper.program()
-    ask = ask_of("b")
-    assert sparing.keeper.take(ask, program._replace(stamp=("new",))) is None
-    assert sparing.keeper.spares and sparing.keeper.spares[0].fits(ask)
+    until(lambda: not sparing.keeper.spares)
+    assert sparing.chat("b").status == 200
+    assert len(pids_of(sparing)) == 2
 
 
 def test_a_spare_is_taken_once(sparing):
     sparing.chat("a")
     sparing.settle()
-    ask, program, taken = ask_of("b"), sparing.keeper.program(), []
-    takers = [
-        threading.Thread(target=lambda: taken.append(sparing.keeper.take(ask, program)))
-        for _ in range(8)
-    ]
+    program, taken = sparing.server.installation.program(), []
+    wanted = proxy.Conversation("sonnet")
+
+    def take():
+        taken.append(sparing.keeper.take(wanted, program))
+
+    takers = [threading.Thread(target=take) for _ in range(8)]
     for taker in takers:
         taker.start()
     for taker in takers:
         taker.join()
-    assert len([claude for claude in taken if claude]) == 1
-    sparing.keeper.retire([claude for claude in taken if claude][0])
+    found = [claude for claude in taken if claude]
+    assert len(found) == len({id(claude) for claude in found}) == 2
+    for claude in found:
+        sparing.keeper.retire(claude)
 
 
-def test_the_number_of_spares_is_bounded(sparing):
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_the_number_of_spares_is_bounded(make, most):
+    one = settling(make(spares=most))
     for text in "abcd":
-        sparing.chat([user(text), assistant("x"), user("y")])
-        sparing.settle()
-        assert len(sparing.keeper.spares) <= 2
+        one.chat([user(text), assistant("x"), user("y")])
+        one.settle()
+        assert len(one.keeper.spares) == most
+    blank = [told for told in spares_of(one) if told == BLANK]
+    assert len(blank) == min(most - 1, 1)
+
+
+def test_a_cleaned_temporary_directory_is_made_anew(sparing):
+    assert sparing.chat("a").status == 200
+    sparing.settle()
+    shutil.rmtree(sparing.keeper.home)
+    sparing.keeper.drop(sparing.keeper.spares[:])
+    assert os.listdir(sparing.told([])["cwd"]) == []
+
+
+def test_temporary_files_of_a_cli_go_with_it(server):
+    told = server.told([])
+    until(server.quiet)
+    home = server.server.keeper.home
+    assert os.path.dirname(told["env"]["CLAUDE_CODE_TMPDIR"]) == home
+    assert os.listdir(home) == [proxy.CWD]
 
 
 def test_many_at_once_are_not_mixed_up(make):
@@ -3021,7 +3136,6 @@ def test_version_names_the_file(capsys):
         (["--nonsense"], {}, "--nonsense"),
         (["--host", "0.0.0.0"], {}, "--api-key"),
         ([], {"CLAUDE_MAX_PROXY_PORT": "many"}, "--port"),
-        (["--trace", "/dev/null/x"], {}, "--trace"),
     ],
 )
 def test_bad_options_are_one_line_and_exit_2(
@@ -3143,7 +3257,7 @@ def test_a_signal_stops_the_server_in_every_state(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     with concurrent.futures.ThreadPoolExecutor() as pool:
         assert list(pool.map(stopped_in, STATES)) == [(0, [])] * len(STATES)
-    assert not list(tmp_path.glob("claude-max-proxy-*"))
+    assert not list(tmp_path.glob("claude-max-*"))
 
 
 def health_of(port):
@@ -3197,7 +3311,7 @@ def test_a_signal_ends_a_server_whose_cli_hangs_at_the_start(tmp_path, monkeypat
         until(lambda: children(process.pid))
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0
-    assert not list(tmp_path.glob("claude-max-proxy-*"))
+    assert not list(tmp_path.glob("claude-max-*"))
 
 
 def test_a_second_signal_ends_the_server_at_once():
@@ -3512,7 +3626,7 @@ def test_load_leaves_nothing_behind(tmp_path, monkeypatch):
         drained.join()
     assert len(outcomes) == count // 10 * 10
     assert set(outcomes) <= {200, 400, 404, 429, 502, 503, "left"}
-    assert grown < 8 and not list(tmp_path.glob("claude-max-proxy-*"))
+    assert grown < 8 and not list(tmp_path.glob("claude-max-*"))
 
 
 def idle(pid, port):
@@ -3563,8 +3677,9 @@ def test_a_bug_of_ours_in_a_stream_ends_it(server, monkeypatch):
 
 
 def test_a_bug_of_ours_behind_an_answer_is_not_told(server, monkeypatch):
-    monkeypatch.setattr(server.server, "prepare", lambda reply: {}["SECRET"])
-    with send_request(server.port, "x", False) as connection:
+    monkeypatch.setattr(server.server, "expect_next_turn", lambda reply: {}["SECRET"])
+    before = [user("a"), assistant("b")]
+    with send_request(server.port, "x", False, before) as connection:
         seen = b"".join(iter(lambda: connection.recv(65536), b""))
     assert seen.count(b"HTTP/1.1") == 1 and b"You said: x" in seen
 
@@ -3576,43 +3691,6 @@ def test_a_bug_of_ours_is_a_500_without_details(server, logged, monkeypatch):
     assert (
         "SECRET" not in reply.text + "".join(logged) and "KeyError, line" in logged[0]
     )
-
-
-def test_trace_writes_what_passed(make, tmp_path):
-    one = make(trace=str(tmp_path), spares=1)
-    one.chat([user("first"), assistant("x"), user("second")])
-    until(
-        lambda: one.quiet()
-        and [c for c in one.server.keeper.spares if c.turns and not c.todo]
-    )
-    one.chat(
-        [
-            user("first"),
-            assistant("x"),
-            user("second"),
-            assistant("You said: second "),
-            user("third"),
-        ]
-    )
-    until(one.quiet)
-    (request,) = [
-        p for p in tmp_path.glob("*.request.json") if "third" in p.read_text()
-    ]
-    mine = request.name.split(".")[0]
-    files = {p.name[len(mine) + 1 :]: p.read_text() for p in tmp_path.glob(mine + ".*")}
-    assert set(files) == {"request.json", "stdin.jsonl", "stdout.jsonl"}
-    assert json.loads(files["request.json"])["messages"][-1] == user("third")
-    lines = [json.loads(line) for line in files["stdin.jsonl"].splitlines()]
-    assert [line["type"] for line in lines] == [
-        "control_request",
-        "user",
-        "assistant",
-        "user",
-        "assistant",
-        "user",
-    ]
-    assert '"message_delta"' in files["stdout.jsonl"]
-    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
 
 
 def test_the_plans_limit_is_logged_when_it_warns(make, logged):
@@ -3976,14 +4054,43 @@ def test_a_real_tool_loop_with_spares_and_signed_thinking(real, make):
     run_tool_loop(one, 4, model="claude-haiku-4-5")
 
 
-def test_a_real_spare_asks_as_a_cold_process_does(real, make):
+REAL_OPTIONS = {
+    "plain": {},
+    "max_tokens": {"max_tokens": 5000},
+    "effort": {"reasoning_effort": "high"},
+    "no thinking": {"reasoning_effort": "none"},
+    "tools": {"tools": [tool()]},
+    "tool_choice": {"tools": [tool()], "tool_choice": "required"},
+}
+
+
+@pytest.mark.parametrize("model", ["opus", "claude-haiku-4-5"])
+@pytest.mark.parametrize("name", list(REAL_OPTIONS))
+def test_a_real_spare_asks_as_a_cold_process_does(real, make, name, model):
+    """Blank, then initialized, then primed while the answer before came, with late
+    model and options: the bodies of cold processes."""
     one = settling(make(claude=real.server.settings.claude, spares=2))
-    bodies, messages = [], [system("s"), user("/how are you doing today?")]
-    for spares in ([], [(False, 0)], [(True, 0)]):
-        assert spares_of(one) == spares
-        assert one.chat(messages, tools=[tool()]).status == 200
-        bodies.append({**sent(real), "metadata": None})
-    assert bodies[0] == bodies[1] == bodies[2]
+    one.keeper.home = real.server.keeper.directory()  # its name stands in the bodies
+    first = [system("s"), user("/how are you doing today? mock:tokens=2")]
+    plain = {"tools": [tool()]} if "tool" in name else {}
+    cold, warm = [], []
+    proxy.announce(one.server)
+    bodies = {id(real): cold, id(one): warm}
+    for server in (real, one):
+        for parameters in (plain, REAL_OPTIONS[name]):
+            for _ in range(2):
+                (server is one) and one.settle()
+                reply = server.chat(first, model=model, **parameters)
+                assert reply.status == 200, reply.text
+                bodies[id(server)].append({**sent(real), "metadata": None})
+        history = [*first, assistant("tok0 tok1 "), user("go on")]
+        history += [server.chat(history, model=model, **plain).message, user("on")]
+        sent(real)
+        (server is one) and one.settle()
+        assert server.chat(history, model=model, **REAL_OPTIONS[name]).status == 200
+        bodies[id(server)].append({**sent(real), "metadata": None})
+    one.keeper.home = ""  # the other one's to remove
+    assert cold == warm
 
 
 def test_real_tools_are_all_there(real):
@@ -4027,7 +4134,7 @@ def test_real_tool_choice(real):
         native = json.loads(
             ask_of(
                 tools=[tool()], tool_choice=choice, parallel_tool_calls=False
-            ).spawn.tool_choice
+            ).options.tool_choice
         )
         assert sent(real)["tool_choice"] == native
 
