@@ -24,13 +24,13 @@ The path of a request, and who runs where:
                         │ Answer: CLI lines → OpenAI deltas                (pure)
     client ◄──SSE/JSON──┘ Reply: each delta leaves as it comes; JSON is their fold
 
-    main thread: Server.serve() accepts connections; when an answer is out, Keeper
-                 starts spare processes, tells them ahead what the next request will
-                 need, and reaps the ended ones. There are no other threads.
+    main thread: Server.serve() accepts connections; when an answer begins, Keeper
+                 starts the process for the next request, tells it the conversation
+                 while the answer streams, and reaps the ended ones. There are no other
+                 threads.
 
 Security: it listens on loopback; Host, Origin and Sec-Fetch-Site are checked, so no web
-page can spend your quota; nothing of a request reaches argv but a checked model id and
-effort level; the CLI runs without tools, settings, hooks, MCP servers or file mentions,
+page can spend your quota; nothing of a request reaches argv but a checked model id; the CLI runs without tools, settings, hooks, MCP servers or file mentions,
 in an empty private directory; prompts are never logged. A client that leaves ends its
 CLI, and so does the server when it ends.
 
@@ -917,6 +917,8 @@ PARTS = {
 #   > {"type":"user","shouldQuery":false,…}        an earlier turn: wait for its result
 #   < {"type":"result","num_turns":0,…}
 #   > {"type":"assistant","message":{"id":"msg_1",…},…}      no answer to wait for
+#   > {"type":"control_request","request_id":"0","request":{"subtype":
+#      "apply_flag_settings","settings":{"env":{"CLAUDE_CODE_EFFORT_LEVEL":"low"}}}}
 #   > {"type":"user",…}                            the last turn: this asks the model
 #   < {"type":"system","subtype":"init",…}         and other kinds, which are skipped
 #   < {"type":"stream_event","event":{"type":"message_start",…},…}
@@ -964,7 +966,7 @@ CACHE_MARK = {"type": "ephemeral", "ttl": "1h"}
 # from starting inside another.
 BILLED = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
 WITHHELD = (*BILLED, "CLAUDECODE")
-OPTION_VARIABLES = (  # told by options_line() or not at all
+OPTION_VARIABLES = (  # told by query_lines() or not at all
     "CLAUDE_CODE_MAX_OUTPUT_TOKENS", "CLAUDE_CODE_DISABLE_THINKING",
     "CLAUDE_CODE_EXTRA_BODY", "CLAUDE_CODE_EFFORT_LEVEL", "MAX_THINKING_TOKENS",
 )  # fmt: skip
@@ -985,8 +987,10 @@ def settings_line(settings: Json) -> Json:
     return {"type": "control_request", "request_id": "0", "request": request}
 
 
-def options_line(options: QueryOptions) -> Json:
-    env = {}
+def query_lines(ask: Ask, version: Tuple[int, ...]) -> List[Json]:
+    """The options of this request, where it has any (reading them takes the CLI 10 ms),
+    and the last turn, which starts the model."""
+    options, env = ask.options, {}
     if options.effort:
         env["CLAUDE_CODE_EFFORT_LEVEL"] = options.effort
     if options.max_tokens:
@@ -995,7 +999,8 @@ def options_line(options: QueryOptions) -> Json:
         env["CLAUDE_CODE_DISABLE_THINKING"] = "1"
     if options.tool_choice:
         env["CLAUDE_CODE_EXTRA_BODY"] = '{"tool_choice":%s}' % options.tool_choice
-    return settings_line({"env": env})
+    last = query_line(ask.turns[-1], version)
+    return [settings_line({"env": env}), last] if env else [last]
 
 
 def initialize_line(setup: Setup) -> Json:
@@ -1553,8 +1558,7 @@ class Keeper:
         program = self.installation.program()
         try:
             wanted = conversation(ask, ask.turns[:-1], program.version)
-            last = query_line(ask.turns[-1], program.version)
-            query = [json.dumps(options_line(ask.options)), json.dumps(last)]
+            query = [json.dumps(line) for line in query_lines(ask, program.version)]
         except RecursionError:
             raise too_deep() from None
         claude = self.take(wanted, program) or self.spawn(program, ask.model)

@@ -338,6 +338,14 @@ def api_blocks(message):
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
+def said_blocks(message):
+    """Its blocks, those within tool results among them."""
+    for block in api_blocks(message):
+        yield from [block] if block["type"] == "text" else []
+        if block["type"] == "tool_result":
+            yield from api_blocks({"content": block.get("content") or []})
+
+
 def violations(body):
     """Yield what the real API would answer 400 for."""
     thinking = (body.get("thinking") or {}).get("type", "disabled")
@@ -448,7 +456,7 @@ class APIHandler(http.server.BaseHTTPRequestHandler):
         usage = self.server.cache.account(body)
         self.server.log.append({"body": body, "wrong": wrong, "usage": usage})
         users = [m for m in body["messages"] if m["role"] == "user"]
-        texts = [b["text"] for b in api_blocks(users[-1]) if b["type"] == "text"]
+        texts = [b.get("text", "") for b in said_blocks(users[-1])]
         wish = wishes(
             " ".join(t for t in texts if not t.startswith("<system-reminder>"))
         )
@@ -558,6 +566,92 @@ if __name__ == "__main__" and "--bench" not in sys.argv:
 RUNS = 5  # of each measurement; the median counts, the first comes after a warm-up
 
 
+API_MS, GAP_MS, PAUSE = 500, 20, 0.05  # an agent's step: to the first token, between
+STEP = f"mock:delay_ms={API_MS} mock:gap_ms={GAP_MS} mock:tokens=40"
+TOOL = {"name": "look", "description": "", "inputSchema": {"type": "object"}}
+
+
+class ByHand:
+    """A CLI without a server: up before it is asked, and never started again."""
+
+    def __init__(self, bench, tools=()):
+        self.proxy, self.tools = bench.proxy, tools
+        argv = [bench.claude, *self.proxy.ARGV, "--model", "sonnet"]
+        options = {"env": self.proxy.environment(), "cwd": bench.home}
+        options.update(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.process = subprocess.Popen(argv, **options)
+        time.sleep(1.5)
+
+    def write(self, *lines):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        self.process.stdin.write(text.encode())
+        self.process.stdin.flush()
+
+    def until(self, wanted):
+        """Read up to a line that has one of these words; serve the tools meanwhile."""
+        for raw in self.process.stdout:
+            line = json.loads(raw)
+            if line["type"] == "control_request":
+                message = line["request"]["message"]
+                if message["method"] == "tools/call":
+                    self.call = line
+                else:
+                    version = message.get("params", {}).get("protocolVersion")
+                    result = {"protocolVersion": version, "tools": self.tools}
+                    result.update(capabilities={"tools": {}}, serverInfo=SERVER_INFO)
+                    self.answer(line, result)
+            if any(word in raw for word in wanted):
+                return
+
+    def answer(self, line, result):
+        reply = {"jsonrpc": "2.0", "id": line["request"]["message"].get("id", 0)}
+        response = {"subtype": "success", "request_id": line["request_id"]}
+        response["response"] = {"mcp_response": {**reply, "result": result}}
+        self.write({"type": "control_response", "response": response})
+
+    def initialize(self, system):
+        setup = self.proxy.Setup(system, self.tools)
+        return self.proxy.initialize_line(setup)
+
+    def query(self, text):
+        turn = {"role": "user", "content": [{"type": "text", "text": text}]}
+        line = self.proxy.query_line(turn, (2, 1, 330))
+        del line["message"]["content"][-1]["cache_control"]  # the API takes four
+        return line
+
+    def first_text(self, *lines):
+        """Seconds from these lines to the first text."""
+        begun = time.perf_counter()
+        self.write(*lines)
+        self.until([b'"text_delta"'])
+        return time.perf_counter() - begun
+
+    def steps(self):
+        """-> seconds of each step of an agent, less the API's."""
+        seconds = []
+        self.write(self.initialize("agent"))
+        for number in range(RUNS + 1):
+            if number and self.tools:
+                text = {"content": [{"type": "text", "text": STEP + " mock:tool=look"}]}
+                begun = time.perf_counter()
+                self.answer(self.call, text)
+                self.until([b'"text_delta"'])
+                seconds.append(time.perf_counter() - begun - API_MS / 1000)
+            else:
+                text = STEP + " mock:tool=look" * bool(self.tools)
+                seconds.append(self.first_text(self.query(text)) - API_MS / 1000)
+            self.until([b'"tools/call"' if self.tools else b'"type":"result"'])
+            time.sleep(PAUSE)
+        return seconds[1:]
+
+    def close(self):
+        self.process.kill()
+        self.process.communicate()
+
+
+SERVER_INFO = {"name": "c", "version": "1"}
+
+
 class Bench:
     def __init__(self, claude):
         sys.path.insert(0, HERE)
@@ -573,7 +667,7 @@ class Bench:
             os.environ.pop(name, None)
         self.server = self.port = None
 
-    def start_server(self, *arguments):
+    def start_server(self, *arguments, warm=True):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -582,7 +676,8 @@ class Bench:
         self.server = subprocess.Popen(argv, stderr=subprocess.DEVNULL)
         while socket.socket().connect_ex(("127.0.0.1", self.port)):
             time.sleep(0.05)
-        self.ask("warm up")
+        if warm:
+            self.ask("warm up")
 
     def stop_server(self):
         self.server.terminate()
@@ -593,25 +688,38 @@ class Bench:
         shutil.rmtree(self.home, ignore_errors=True)
 
     def ask(self, messages, stream=True, **parameters):
-        """-> (seconds to the first text, seconds in all, the answer's text)."""
+        """-> (seconds to the first text, seconds in all, the message)."""
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        body = {"model": "sonnet", "messages": messages, "stream": stream, **parameters}
+        body = {"model": "sonnet", "messages": messages, "stream": stream}
+        body.update(parameters)
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         connection.connect()
         begun, first, parts = time.perf_counter(), None, []
+        self.tokens_at = []
         connection.request("POST", "/v1/chat/completions", json.dumps(body))
         response = connection.getresponse()
         if not stream:
-            text = json.loads(response.read())["choices"][0]["message"]["content"]
-            return None, time.perf_counter() - begun, text
+            message = json.loads(response.read())["choices"][0]["message"]
+            return None, time.perf_counter() - begun, message
+        calls = {}
         for line in response:
             if line.startswith(b"data: {"):
                 for choice in json.loads(line[6:])["choices"]:
-                    if choice["delta"].get("content"):
-                        first = first or time.perf_counter() - begun
-                        parts.append(choice["delta"]["content"])
-        return first, time.perf_counter() - begun, "".join(parts)
+                    delta = choice["delta"]
+                    if delta.get("content"):
+                        now = time.perf_counter()
+                        first = first or now - begun
+                        parts.append(delta["content"])
+                        self.tokens_at.append(now)
+                    for call in delta.get("tool_calls", ()):
+                        whole = calls.setdefault(call["index"], call)
+                        if whole is not call:
+                            more = call["function"]["arguments"]
+                            whole["function"]["arguments"] += more
+        message = {"role": "assistant", "content": "".join(parts)}
+        message.update({"tool_calls": list(calls.values())} if calls else {})
+        return first, time.perf_counter() - begun, message
 
     def bare(self):
         """`claude -p` as a user would run it -> (first text, total)."""
@@ -629,25 +737,30 @@ class Bench:
 
     def by_hand(self):
         """A CLI that is already up, told all it needs in one write -> first text."""
-        proxy = self.proxy
-        argv, env = [self.claude, *proxy.ARGV, "--model", "sonnet"], proxy.environment()
-        pipe = subprocess.PIPE
-        with subprocess.Popen(
-            argv, stdin=pipe, stdout=pipe, env=env, cwd=self.home
-        ) as cli:
-            time.sleep(1.5)
-            lines = [proxy.initialize_line(proxy.Setup(f"system {time.time()}"))]
-            turn = {"role": "user", "content": [{"type": "text", "text": "hi"}]}
-            lines.append(proxy.query_line(turn, (2, 1, 330)))
-            begun = time.perf_counter()
-            cli.stdin.write("".join(json.dumps(line) + "\n" for line in lines).encode())
-            cli.stdin.flush()
-            for line in cli.stdout:
-                if b'"text_delta"' in line:
-                    first = time.perf_counter() - begun
-                    break
-            cli.kill()
-        return first
+        one = ByHand(self)
+        seconds = one.first_text(one.initialize(f"{time.time()}"), one.query("hi"))
+        one.close()
+        return seconds
+
+    def steps(self, tools):
+        """An agent's steps -> (median through the server, by hand), less the API's."""
+        one = ByHand(self, [TOOL] if tools else [])
+        by_hand = one.steps()
+        one.close()
+        function = {"name": "look", "description": "", "parameters": {}}
+        extra = {"tools": [{"type": "function", "function": function}]} if tools else {}
+        text = STEP + " mock:tool=look" * bool(tools)
+        history, seconds = [{"role": "user", "content": text}], []
+        for _ in range(RUNS + 2):
+            first, _, message = self.ask(history, **extra)
+            seconds.append(first - API_MS / 1000)
+            history.append(message)
+            for call in message.get("tool_calls", ()):
+                history.append({"role": "tool", "tool_call_id": call["id"]})
+            history += [] if tools else [{"role": "user"}]
+            history[-1]["content"] = text
+            time.sleep(PAUSE)
+        return self.median(seconds[2:]), self.median(by_hand)
 
     def by_turns(self, measure, pause=0.0):
         """By turns with a CLI fed by hand, for this machine's other work changes what
@@ -666,12 +779,12 @@ class Bench:
             history += [{"role": "user", "content": f"{depth} text {i}"}]
             history += [{"role": "assistant", "content": f"answer {i}"}]
         history.append({"role": "user", "content": "and now"})
-        history.append({"role": "assistant", "content": self.ask(history)[2]})
+        history.append(self.ask(history)[2])
 
         def next_turn(number):
             history.append({"role": "user", "content": f"next {number}"})
-            first, _, text = self.ask(history)
-            history.append({"role": "assistant", "content": text})
+            first, _, message = self.ask(history)
+            history.append(message)
             return first
 
         return self.by_turns(next_turn, pause=0.5 + depth / 100)
@@ -710,7 +823,7 @@ class Bench:
         history = [{"role": "system", "content": "system " * 285}]
         for number in range(10):
             history.append({"role": "user", "content": f"{number} " + "word " * 400})
-            history.append({"role": "assistant", "content": self.ask(history)[2]})
+            history.append(self.ask(history)[2])
         usages = [entry["usage"] for entry in self.api.log]
         fresh, read, written = (sum(column) for column in zip(*usages))
         size = len(json.dumps(self.api.log[0]["body"])) - 4000
@@ -746,7 +859,30 @@ class Bench:
         eight = self.median([self.together(8) for _ in range(RUNS)])
         row("server, cold, 8 at once, in all", eight)
         self.stop_server()
+
+        def fresh(number):
+            self.start_server(warm=False)
+            time.sleep(2.5)
+            first = self.ask(f"first {number}")[0]
+            self.stop_server()
+            return first
+
+        row("first request of a fresh server", *self.by_turns(fresh), bare)
         self.start_server()
+
+        def unlike(number):
+            efforts = ["low", "high"]
+            self.ask("like", model="sonnet")
+            time.sleep(1)
+            options = {"reasoning_effort": efforts[number % 2], "max_tokens": 9000}
+            return self.ask("unlike", model="opus", **options)[0]
+
+        row("a request unlike the last", *self.by_turns(unlike), bare)
+        row("step of a chat, less the API's time", *self.steps(tools=False))
+        row("step of an agent with a tool, the same", *self.steps(tools=True))
+        gaps = [b - a for a, b in zip(self.tokens_at, self.tokens_at[1:])]
+        print(f"longest gap between two tokens of it, {GAP_MS} ms apart: "
+              f"{max(gaps) * 1000:.0f} ms")  # fmt: skip
 
         def new(text):
             def measure(n):
