@@ -30,9 +30,10 @@ The path of a request, and who runs where:
                  threads.
 
 Security: it listens on loopback; Host, Origin and Sec-Fetch-Site are checked, so no web
-page can spend your quota; nothing of a request reaches argv but a checked model id; the CLI runs without tools, settings, hooks, MCP servers or file mentions,
-in an empty private directory; prompts are never logged. A client that leaves ends its
-CLI, and so does the server when it ends.
+page can spend your quota; nothing of a request reaches argv but a checked model id; the
+CLI runs without tools, settings, hooks, MCP servers or file mentions, in an empty private
+directory; prompts are never logged. A client that leaves ends its CLI, and so does the
+server when it ends.
 
 Sections: Limits · Errors · Settings · Request · CLI · Response · HTTP · Main
 
@@ -382,8 +383,9 @@ class Setup(NamedTuple):
 
 class Ask(NamedTuple):
     """All that one request asks. `requested` is the client's name of the model, `model`
-    the CLI's. `turns` are Messages API messages, the last one a user's; `names` gives the client's name for a tool's name at the API; `structured`:
-    the arguments of STRUCTURED_OUTPUT are the answer's content."""
+    the CLI's. `turns` are Messages API messages, the last one a user's; `names` gives
+    the client's name for a tool's name at the API; `structured`: the arguments of
+    STRUCTURED_OUTPUT are the answer's content."""
 
     requested: str
     model: str
