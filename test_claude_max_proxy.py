@@ -2061,7 +2061,7 @@ def test_history_of_calls():
     "content, blocks",
     [
         ("", None),
-        (None, None),
+        ([], None),
         (text_blocks("a", "b"), text_blocks("a", "b")),
         (text_blocks("a"), "a"),
         (
@@ -3862,6 +3862,26 @@ def test_readme_json_and_python_blocks_are_valid():
         r"```(python|json)\n(.*?)```", read("README.md"), re.S
     ):
         json.loads(block) if language == "json" else compile(block, "README.md", "exec")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Download `claude_max_proxy.py`",
+        "mkdir -p ~/.local/bin ~/Library/LaunchAgents",
+        "launchctl kickstart -k gui/$UID/com.claude-max-api",
+        "loginctl enable-linger",
+        "journalctl --user -u claude-max-proxy",
+        "`claude setup-token`",
+        "`CLAUDE_CODE_OAUTH_TOKEN`",
+        "`HTTPS_PROXY`",
+        "`127.0.0.1` there",
+        "`DISABLE_TELEMETRY=1`",
+        '`dirname "$(llm logs path)"`',
+    ],
+)
+def test_readme_tells_a_newcomer(words):
+    assert words in read("README.md")
 
 
 def test_the_plist_starts_the_server(tmp_path):
