@@ -39,7 +39,7 @@ Sections: Limits · Errors · Settings · Request · CLI · Response · HTTP · 
 
 MIT licence.
 """
-from __future__ import annotations
+from __future__ import annotations  # SyntaxError? Python 3.9 or newer is needed.
 
 import argparse
 import base64
@@ -99,13 +99,14 @@ REST_SECONDS = 3600  # without a request, after which no spare is renewed
 LOGIN_SECONDS = 5  # between two looks whether somebody has logged in
 REFUSED_SECONDS = 60  # that a login which the API refused counts as none, unasked
 PROBE_SECONDS = 20  # for `claude --version` and `claude auth status`
-QUEUE_PER_SLOT = 4  # waiting requests for each of --max-concurrency
+MAX_WAITING = 500  # requests in the queue; each holds a thread and its body
 MAX_CHOICES = 8  # `n`: one CLI process each
 MAX_STOPS = 4  # OpenAI's limit for `stop`
 MAX_TOKENS = 10**9  # the CLI lowers it to what the model can do
 MIN_THINKING_TOKENS = 2048  # max_tokens below leave no room for a thought (API: 1024)
 MAX_DESCRIPTION = 2048  # characters; older CLIs cut a tool's description there
 MAX_THOUGHTS = 1000  # tool calls whose signed thinking is remembered
+OLDEST_PYTHON = (3, 9)
 OLDEST_CLI = (2, 1, 112)  # takes shouldQuery and a late system prompt (measured)
 UNTYPED_TEXT_CLI = (2, 1, 330)  # honours text_not_typed (measured; 2.1.197 does not)
 LATE_MODEL_CLI = (2, 1, 329)  # takes another model before the first turn (measured)
@@ -801,8 +802,9 @@ class Transcript:
         if not self.turns and role == "assistant":
             self.append("user", [text_block(BEGIN)])
         if self.turns and self.turns[-1]["role"] == role:
-            blocks = self.turns.pop()["content"] + blocks
-        self.turns.append({"role": role, "content": blocks})
+            self.turns[-1]["content"] += blocks  # in place: there may be many
+        else:
+            self.turns.append({"role": role, "content": blocks})
 
     def expect_no_open_call(self) -> None:
         for name, where in self.open.items():
@@ -827,7 +829,8 @@ def parse_arguments_of_call(text: str) -> Json:
 
 def parse_content(message: Json, where: str, kinds: Tuple[str, ...]) -> List[Json]:
     """A message's content, a string or parts of the given kinds, as API blocks."""
-    content = may(message, "content", (str, list), where) or []
+    answer = message["role"] == "assistant"  # of calls alone it has no content
+    content = (may if answer else want)(message, "content", (str, list), where) or []
     where += ".content"
     blocks = []
     for i, part in enumerate([content] if isinstance(content, str) else content):
@@ -974,12 +977,15 @@ OPTION_VARIABLES = (  # told by query_lines() or not at all
 )  # fmt: skip
 
 
-def environment() -> Dict[str, str]:
-    """Ours, less what must not reach the CLI, plus VARIABLES."""
+def environment(program: str) -> Dict[str, str]:
+    """Ours, less what must not reach the CLI, plus VARIABLES. Its own directory is at
+    the end of PATH: npm's `claude` under nvm asks for the `node` there, which launchd's
+    PATH lacks."""
     own = [ENVIRONMENT + name.upper() for name in OPTIONS]
     gone = {*WITHHELD, *OPTION_VARIABLES, *own}
     env = {name: text for name, text in os.environ.items() if name not in gone}
-    return {**env, **VARIABLES}
+    places = env.get("PATH") or os.defpath, os.path.dirname(program)
+    return {**env, **VARIABLES, "PATH": os.pathsep.join(places)}
 
 
 def settings_line(settings: Json) -> Json:
@@ -1103,7 +1109,9 @@ def find_claude(chosen: str) -> str:
         program = shutil.which(path)
         if program:
             return os.path.abspath(program)
-        problem = "can't be executed: chmod +x" if os.path.isfile(path) else "is none"
+        problem = "can't be executed: chmod +x"
+        if not os.path.isfile(path):
+            problem = "is no file" if os.path.exists(path) else "does not exist"
         raise unavailable(f"The program given with --claude {problem}.", "no_cli")
     found = [shutil.which("claude")]
     for place in PLACES:
@@ -1111,7 +1119,7 @@ def find_claude(chosen: str) -> str:
         found += sorted(matches, key=numbers_in, reverse=True)  # the newest node first
     for path in found:
         if path and os.access(path, os.X_OK):
-            return path
+            return os.path.abspath(path)  # the CLI runs in another directory
     raise unavailable(NO_CLI, "no_cli")
 
 
@@ -1153,7 +1161,7 @@ def is_logged_in(path: str) -> bool:
 def run_briefly(*argv: str) -> subprocess.CompletedProcess:
     """A short command of the CLI; one that can't run or hangs has exit code 1."""
     options: Json = {"stdin": subprocess.DEVNULL, "capture_output": True}
-    options.update(text=True, errors="replace", env=environment())
+    options.update(text=True, errors="replace", env=environment(argv[0]))
     try:
         return subprocess.run(argv, timeout=PROBE_SECONDS, **options)
     except (OSError, subprocess.TimeoutExpired):
@@ -1191,7 +1199,7 @@ class Claude:
             [program.path, *ARGV, "--model", model],
             bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe,
             cwd=os.path.join(home, CWD),
-            env={**environment(), "CLAUDE_CODE_TMPDIR": self.scratch},
+            env={**environment(program.path), "CLAUDE_CODE_TMPDIR": self.scratch},
             start_new_session=True,  # a process group of its own, to end it whole
         )  # fmt: skip
         self.stdin, self.stdout, self.stderr = self.pipes = (
@@ -1410,6 +1418,8 @@ def listen(
             for key, _ in selector.select(TICK_SECONDS):
                 for line in serve_pipe(selector, key):
                     yield key.data, line
+            if client.ended and client.has_left():
+                raise Disconnected
             for claude in running[:]:
                 if claude.stopped:
                     running.remove(claude)
@@ -1427,7 +1437,7 @@ def serve_pipe(selector: selectors.BaseSelector, key: Any) -> List[Optional[Json
     if claude is None:
         if key.fileobj.has_left():
             raise Disconnected
-        if key.fileobj.is_full():
+        if key.fileobj.is_full() or key.fileobj.ended:
             selector.unregister(key.fileobj)
     elif key.fileobj is claude.stdin:
         claude.write()
@@ -2124,7 +2134,7 @@ class Gate:
         if places > self.width:
             raise bad("n", f"'n' must not exceed this server's limit of {self.width}.")
         with self.changed:
-            if len(self.queue) >= self.width * QUEUE_PER_SLOT:
+            if len(self.queue) >= MAX_WAITING:
                 message = "Too many requests are waiting for this server."
                 code = "queue_full"
                 raise APIError(429, message, "rate_limit_error", code, Retry_After="5")
@@ -2172,6 +2182,7 @@ class Server(http.server.ThreadingHTTPServer):
         is_v6 = ":" in settings.host
         self.address_family = socket.AF_INET6 if is_v6 else socket.AF_INET
         super().__init__((settings.host, settings.port), Handler)
+        self.socket.setblocking(False)  # BSD: a client may leave before accept()
         self.gate = Gate(settings.max_concurrency)
         self.installation = Installation(settings.claude)
         self.keeper = Keeper(self.installation, settings.spares)
@@ -2381,8 +2392,10 @@ class TimedReader(io.RawIOBase):
     """A socket to read from, with a deadline for a whole request, so that a byte now
     and then does not keep a thread for ever."""
 
-    def __init__(self, connection: socket.socket):
-        self.connection = connection
+    def __init__(self, connection: socket.socket, poke: Any):
+        self.connection, self.poke = connection, poke
+        self.ended = False  # the client will send no more
+        self.poke_at = 0.0
         self.deadline: Optional[float] = None  # None: between requests
         self.ahead = bytearray()  # came while the last request was being answered
 
@@ -2393,9 +2406,11 @@ class TimedReader(io.RawIOBase):
         return self.connection.fileno()
 
     def has_left(self) -> bool:
-        """Whether the client has closed its end. What it sends instead is kept."""
+        """Whether the client is gone. What it sends instead is kept."""
         if self.is_full():
             return False  # not to be seen behind so much
+        if self.ended:
+            return not self.listens()
         self.connection.setblocking(False)  # who reads or writes sets its own time-out
         try:
             data = self.connection.recv(MAX_AHEAD)
@@ -2404,7 +2419,22 @@ class TimedReader(io.RawIOBase):
         except OSError:
             return True
         self.ahead += data
-        return not data
+        self.ended = not data
+        return self.ended and not self.listens()
+
+    def listens(self) -> bool:
+        """Whether a client that sends no more still waits for its answer (RFC 9112,
+        9.6): a closed socket answers a write with a reset, and fails the next one."""
+        if time.monotonic() < self.poke_at:
+            return True
+        try:
+            for pause in (0.02, 0.0):
+                self.poke()
+                time.sleep(pause)
+        except OSError:
+            return False
+        self.poke_at = time.monotonic() + TICK_SECONDS
+        return True
 
     def is_full(self) -> bool:
         return len(self.ahead) >= MAX_AHEAD
@@ -2426,6 +2456,9 @@ class TimedReader(io.RawIOBase):
         return count
 
 
+GO_ON = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """One connection. A request leaves by send_json() or stream(), a refused one by
     fail(); answer() logs each one, once."""
@@ -2436,7 +2469,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
-        self.reader = TimedReader(self.connection)
+        self.reader = TimedReader(self.connection, self.poke)
         self.rfile = io.BufferedReader(self.reader)
 
     def handle_one_request(self) -> None:
@@ -2512,6 +2545,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         hosts = self.headers.get_all("Host") or []
         if len(hosts) > 1 or (not hosts and self.request_version != "HTTP/1.0"):
             raise APIError(400, "A request needs one Host header.")
+        absolute = re.match("(?i)https?://([^/?]*)(.*)", self.path)
+        if absolute:  # its host stands instead of the header's (RFC 9112, 3.2.2)
+            hosts, self.path = [absolute[1]], absolute[2]
         if hosts and not self.is_our_name(hosts[0]):
             raise forbidden("This Host is not served; see --host.")
         origin = self.headers.get("Origin")
@@ -2519,14 +2555,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise forbidden("This web origin may not ask; see --allow-origin.")
         if origin is None and self.headers.get("Sec-Fetch-Site") == "cross-site":
             raise forbidden("Web pages of other sites may not ask.")
-        key = self.server.settings.api_key
-        if key and self.command != "OPTIONS":
-            given = self.headers.get("Authorization", "").partition(" ")[2].strip()
-            given = given or self.headers.get("X-Api-Key", "")
-            if not is_same(given.encode("latin-1", "replace"), key.encode()):
-                message, code = "Incorrect API key provided.", "invalid_api_key"
-                raise APIError(401, message, "authentication_error", code)
+        if self.server.settings.api_key and self.command != "OPTIONS":
+            self.check_key(self.server.settings.api_key)
         self.server.refuse_when_stopping()
+
+    def check_key(self, key: str) -> None:
+        scheme, _, given = self.headers.get("Authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            given = self.headers.get("X-Api-Key", "")
+        if not is_same(given.strip().encode("latin-1", "replace"), key.encode()):
+            message, code = "Incorrect API key provided.", "invalid_api_key"
+            raise APIError(401, message, "authentication_error", code)
 
     def is_our_name(self, host: str) -> bool:
         """Against DNS rebinding: a foreign name that was made to mean our address. On
@@ -2538,8 +2577,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def is_allowed_origin(self, origin: str) -> bool:
         """This machine's pages, applications, and what --allow-origin names."""
         scheme, _, rest = origin.lower().partition("://")
-        if origin in self.server.origins or scheme not in ("http", "https"):
-            return bool(rest)  # app://, vscode-webview://, …; but not "null"
+        if origin in self.server.origins:
+            return True
+        if scheme not in ("http", "https"):
+            return bool(rest)  # app://, vscode-webview://, …; not "null", "file://"
         return is_loopback(re.sub(r":\d*$", "", rest).strip("[]"))
 
     def preflight(self) -> None:
@@ -2592,6 +2633,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # Reading.
 
+    def parse_request(self) -> bool:
+        if self.raw_requestline in (b"\r\n", b"\n"):
+            self.close_connection = False  # skipped (RFC 9112, 2.2)
+            return False
+        return super().parse_request()
+
     def handle_expect_100(self) -> bool:
         """Leave "100 Continue" to read_body(): it comes after the guards."""
         return True
@@ -2622,7 +2669,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise too_large()
         expects = self.headers.get("Expect", "").strip().lower() == "100-continue"
         if expects and self.request_version != "HTTP/1.0":
-            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.send(GO_ON)
         self.reader.deadline = time.monotonic() + REQUEST_SECONDS
         raw = self.read_chunked() if chunked else self.rfile.read(int(length))
         if len(raw) < int(length):
@@ -2664,7 +2711,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # Writing.
 
     def send_json(self, status: int, body: Any, headers: Optional[Json] = None) -> None:
-        data = b"" if body is None else json.dumps(body).encode()
+        data = b"" if body is None else json.dumps(body).encode() + b"\n"
         head = dict(headers or {})
         if body is not None:  # a 204 has no length (RFC 9110, 8.6)
             head.update({"Content-Type": "application/json"})
@@ -2680,6 +2727,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             common["Access-Control-Allow-Origin"] = origin
         if self.close_connection or self.body_unread:
             common["Connection"] = "close"
+        elif self.request_version == "HTTP/1.0":
+            common["Connection"] = "keep-alive"  # as it was asked for
         reason = self.responses[status][0] if status in self.responses else ""
         lines = [f"{self.protocol_version} {status} {reason}"]
         lines += [f"{name}: {text}" for name, text in {**common, **headers}.items()]
@@ -2741,6 +2790,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             data = b"%x\r\n%b\r\n" % (len(data), data) + end
         self.send(self.opening + data)
         self.opening = b""
+
+    def poke(self) -> None:
+        """Write what means nothing: an interim response (RFC 9110, 15.2), or a comment
+        in a stream. Raises OSError where nobody is there, or neither is allowed."""
+        if self.streaming:
+            self.pending.append(":\n\n")
+            self.flush()
+        elif self.request_version == "HTTP/1.0":
+            raise OSError
+        else:
+            self.send(GO_ON)
 
     def fail(self, error: APIError) -> None:
         """The one renderer of errors, but for those in the middle of a stream."""
@@ -2814,13 +2874,21 @@ def parse_json(raw: bytes) -> Any:
 
 
 def log(text: str) -> None:
-    """A line on stderr. Never prompt text."""
+    """A line on stderr, of words that a terminal can show. Never prompt text."""
+    words = [time.strftime("%Y-%m-%dT%H:%M:%S"), *map(printable, text.split())]
     with contextlib.suppress(OSError, ValueError):  # a closed stderr stops nobody
-        sys.stderr.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text.strip()}\n")
+        sys.stderr.write(" ".join(words) + "\n")
         sys.stderr.flush()
 
 
 # ── Main ───────────────────────────────────────────────────────────────────────────
+
+
+def check_python() -> None:
+    """Exit where it is too old. (3.7 and 3.8 can read this file, but not run it.)"""
+    if sys.version_info < OLDEST_PYTHON:
+        needed, own = ".".join(map(str, OLDEST_PYTHON)), sys.version.split()[0]
+        sys.exit(f"claude_max_proxy: Python {own} is too old; {needed} is needed.")
 
 
 def raise_file_limit() -> None:
@@ -2917,6 +2985,8 @@ def announce(server: Server) -> None:
 
 
 def main() -> int:
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # it was closed: no log
+    check_python()
     settings, check_only = parse_arguments(sys.argv[1:])
     if check_only:
         return run_checks(settings)

@@ -577,7 +577,7 @@ class ByHand:
     def __init__(self, bench, tools=()):
         self.proxy, self.tools = bench.proxy, tools
         argv = [bench.claude, *self.proxy.ARGV, "--model", "sonnet"]
-        options = {"env": self.proxy.environment(), "cwd": bench.home}
+        options = {"env": self.proxy.environment(bench.claude), "cwd": bench.home}
         options.update(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.process = subprocess.Popen(argv, **options)
         time.sleep(1.5)
@@ -940,6 +940,8 @@ import pytest  # noqa: E402
 sys.path.insert(0, HERE)
 import claude_max_proxy as proxy  # noqa: E402
 
+LOG = proxy.log  # for tests it is replaced
+
 # ── Harness ────────────────────────────────────────────────────────────────────────
 
 
@@ -1294,6 +1296,12 @@ def test_keep_alive_serves_one_request_after_another(server):
             assert Result(connection.getresponse()).content == "You said: x "
 
 
+def test_json_ends_with_a_newline(server):
+    reply = server.request("GET", "/v1/models")
+    assert reply.text.endswith("}\n")
+    assert int(reply.headers["Content-Length"]) == len(reply.raw)
+
+
 def test_http_1_0_gets_no_chunked_body(server):
     body = json.dumps({"model": "sonnet", "stream": True, "messages": [user("x")]})
     head = "POST /v1/chat/completions HTTP/1.0\r\n"
@@ -1304,6 +1312,13 @@ def test_http_1_0_gets_no_chunked_body(server):
     head, _, rest = reply.partition(b"\r\n\r\n")
     assert b"Transfer-Encoding" not in head and rest.startswith(b"data: {")
     assert rest.endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("asked, answer", [("Keep-Alive", "keep-alive"), ("", "close")])
+def test_http_1_0_is_told_whether_its_connection_is_kept(server, asked, answer):
+    request = f"GET /health HTTP/1.0\r\nConnection: {asked}\r\n\r\n".encode()
+    head = server.raw(request).partition(b"\r\n\r\n")[0]
+    assert f"\r\nConnection: {answer}".encode() in head
 
 
 # ── Models and parameters ──────────────────────────────────────────────────────────
@@ -1655,11 +1670,31 @@ def test_turns(messages, turns):
             "messages[0].tool_calls[0].function",
         ),
         ({"role": "tool", "content": "x"}, "messages[0].tool_call_id"),
+        ({"role": "user"}, "messages[0].content"),
+        ({"role": "user", "content": None}, "messages[0].content"),
+        ({"role": "system", "content": None}, "messages[0].content"),
+        ({"role": "developer"}, "messages[0].content"),
     ],
 )
 def test_messages_refused(message, param):
     error = refused([message])
     assert (error["status"], error["param"]) == (400, param)
+
+
+def test_a_tool_result_needs_content_and_a_call_does_not():
+    call = {"id": "a", "type": "function", "function": {"name": "f"}}
+    called = {"role": "assistant", "content": None, "tool_calls": [call]}
+    result = {"role": "tool", "tool_call_id": "a", "content": None}
+    assert refused([user("x"), called, result])["param"] == "messages[2].content"
+    assert len(turns_of(user("x"), called, {**result, "content": ""})) == 3
+
+
+def test_neighbours_are_joined_in_place():
+    script = proxy.Transcript({}, "sonnet")
+    script.add(user("a"), "")
+    blocks = script.turns[0]["content"]
+    script.add(user("b"), "")
+    assert script.turns[0]["content"] is blocks and blocks == text_blocks("a", "b")
 
 
 def test_history_reaches_the_cli_turn_for_turn(server):
@@ -1950,6 +1985,28 @@ def test_a_client_that_leaves_ends_its_cli(server, stream, wish, early, monkeypa
     until(lambda: claude.process.poll() is not None, 5)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("wish", ["mock:delay_ms=300", "mock:gap_ms=100"])
+def test_a_client_that_says_no_more_gets_its_answer(server, stream, wish):
+    with send_request(server.port, wish, stream) as connection:
+        connection.shutdown(socket.SHUT_WR)
+        seen = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert b" 200 OK" in seen and b"tok4 " in seen
+    assert seen.endswith(b"[DONE]\n\n\r\n0\r\n\r\n" if stream else b"}\n")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("wish", ["mock:hang", "mock:tokens=99 mock:gap_ms=60000"])
+def test_a_client_that_says_no_more_and_leaves_later(server, stream, wish):
+    connection = send_request(server.port, wish, stream)
+    connection.shutdown(socket.SHUT_WR)
+    connection.recv(9)  # it has been asked whether it is there
+    claude = until(lambda: list(server.server.keeper.live))[0]
+    assert claude.process.poll() is None
+    connection.close()
+    until(lambda: claude.process.poll() is not None, 5)
+
+
 def test_a_cli_that_closes_its_stdin_is_not_written_to_for_ever(tmp_path):
     cli = tmp_path / "claude"
     cli.write_text("#!/bin/sh\nexec 0<&-\nsleep 60\n")
@@ -1995,6 +2052,13 @@ def test_when_descriptors_or_threads_run_out():
     server.drain()
 
 
+def test_a_client_that_left_before_accept_stops_nobody():
+    server = proxy.Server(proxy.Settings(port=0))
+    assert not server.socket.getblocking()  # as if it had been reset meanwhile:
+    server.accept()
+    server.drain()
+
+
 def test_a_stubborn_cli_and_its_children_are_killed(server):
     with send_request(
         server.port, "mock:stubborn mock:child mock:gap_ms=60000", True
@@ -2029,8 +2093,18 @@ def test_requests_wait_in_order_when_all_places_are_taken(make):
         assert "third" in Result(response).content
 
 
+def test_some_hundreds_may_wait():
+    gate, (near, far) = proxy.Gate(1), socket.socketpair()
+    with near, far:
+        for _ in range(300):
+            gate.queue.append(object())
+        waiting = gate.enter(1, proxy.TimedReader(near, None))
+        with contextlib.closing(waiting):
+            assert next(waiting) is None
+
+
 def test_a_full_queue_is_429(make, monkeypatch):
-    monkeypatch.setattr(proxy, "QUEUE_PER_SLOT", 0)
+    monkeypatch.setattr(proxy, "MAX_WAITING", 0)
     reply = make().chat("hi")
     assert reply.status == 429 and reply.headers["Retry-After"] == "5"
     assert reply.error["code"] == "queue_full"
@@ -2131,7 +2205,7 @@ def test_history_of_calls():
     "content, blocks",
     [
         ("", None),
-        (None, None),
+        ([], None),
         (text_blocks("a", "b"), text_blocks("a", "b")),
         (text_blocks("a"), "a"),
         (
@@ -2970,11 +3044,14 @@ def test_a_request_has_one_host(server):
 
 
 def test_allowed_origins(make):
-    one = make(allow_origin="https://a.example, https://b.example")
-    for origin, status in (("https://b.example", 200), ("https://c.example", 403)):
-        assert (
-            one.request("GET", "/health", headers={"Origin": origin}).status == status
-        )
+    named = ["https://a.example", "https://b.example", "file://", "null"]
+    one, other = make(allow_origin=", ".join(named)), make()
+    for origin in [*named, "https://c.example"]:
+        reply = one.request("GET", "/health", headers={"Origin": origin})
+        assert reply.status == (200 if origin in named else 403)
+        allowed = reply.headers.get("Access-Control-Allow-Origin")
+        assert allowed == (origin if origin in named else None)
+        assert other.request("GET", "/health", headers={"Origin": origin}).status == 403
 
 
 def test_preflight(make):
@@ -3000,7 +3077,10 @@ def test_api_key(make):
     for headers, status in (
         ({}, 401),
         ({"Authorization": "Bearer WRONG"}, 401),
+        ({"Authorization": "Basic KEY"}, 401),
+        ({"Authorization": "KEY"}, 401),
         ({"Authorization": "Bearer KEY"}, 200),
+        ({"Authorization": "bEARER  KEY"}, 200),
         ({"X-Api-Key": "KEY"}, 200),
     ):
         reply = one.request("GET", "/v1/models", headers=headers)
@@ -3074,6 +3154,25 @@ def test_chunked_bodies_and_pipelining(server):
     assert reply.count(b"HTTP/1.1 200 OK") == 2 and b"You said: x" in reply
 
 
+def test_empty_lines_before_a_request_are_skipped(server):
+    last = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    assert server.raw(b"\r\n\n" + last).startswith(b"HTTP/1.1 200 OK")
+
+
+@pytest.mark.parametrize(
+    "uri, host, status",
+    [
+        ("http://localhost:3456/v1/models?x=y", "localhost", 200),
+        ("HTTP://LOCALHOST/health", "elsewhere.example", 200),
+        ("http://evil.example/v1/models", "localhost", 403),
+        ("http://localhost", "localhost", 404),
+    ],
+)
+def test_a_uri_with_its_host(server, uri, host, status):
+    head = f"GET {uri} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
+    assert server.raw(head.encode()).startswith(b"HTTP/1.1 %d " % status)
+
+
 def test_a_request_that_comes_during_an_answer_is_kept(server):
     last = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     with send_request(server.port, "mock:tokens=5 mock:gap_ms=50", True) as connection:
@@ -3087,12 +3186,15 @@ def test_a_client_that_sends_much_ahead_has_not_left():
     near, far = socket.socketpair()
     with near, far:
         near.sendall(b"x" * (proxy.MAX_AHEAD + 9))
-        reader = proxy.TimedReader(far)
+        reader = proxy.TimedReader(far, lambda: far.send(b"x"))
         until(lambda: reader.has_left() or reader.is_full())
         assert not reader.has_left() and not reader.has_left()
         near.shutdown(socket.SHUT_WR)
         whole = io.BufferedReader(reader).read()
-        assert whole == b"x" * (proxy.MAX_AHEAD + 9) and reader.has_left()
+        assert whole == b"x" * (proxy.MAX_AHEAD + 9) and not reader.has_left()
+        near.close()
+        reader.poke_at = 0.0  # the next time it is asked
+        assert reader.has_left()
 
 
 def test_expect_100_continue(server):
@@ -3217,6 +3319,24 @@ def test_the_cli_is_looked_for_where_installers_put_it(monkeypatch, tmp_path):
     assert "v22.1.0" in proxy.find_claude("")
 
 
+def test_a_cli_of_a_relative_path_entry(monkeypatch, tmp_path):
+    (tmp_path / "bin").mkdir()
+    shutil.copy(stand_in_path(), tmp_path / "bin" / "claude")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "bin")
+    assert proxy.find_claude("") == str(tmp_path / "bin" / "claude")
+
+
+def test_a_cli_finds_the_node_beside_it(make, monkeypatch, tmp_path):
+    (tmp_path / "claude").write_text("#!/usr/bin/env node-of-nvm\n")
+    (tmp_path / "claude").chmod(0o755)
+    node = f'#!/bin/sh\nshift\nexec {stand_in_path()} "$@"\n'
+    (tmp_path / "node-of-nvm").write_text(node)
+    (tmp_path / "node-of-nvm").chmod(0o755)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert make(claude=str(tmp_path / "claude")).chat("hi").content == "You said: hi "
+
+
 # ── The command ────────────────────────────────────────────────────────────────────
 
 
@@ -3228,7 +3348,7 @@ def command(*arguments, **env):
 
 
 @contextlib.contextmanager
-def running(*arguments):
+def running(*arguments, closed=""):
     """The script as a process of its own -> (process, port)."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -3241,7 +3361,9 @@ def running(*arguments):
         "--claude",
         stand_in_path(),
     ]
-    process = subprocess.Popen([*argv, *arguments], stderr=subprocess.PIPE)
+    shell = ["sh", "-c", f'exec "$@" {closed}', "sh"]
+    argv = [*shell, *argv, *arguments]
+    process = subprocess.Popen(argv, stderr=subprocess.PIPE)
     try:
         until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
         yield process, port
@@ -3316,7 +3438,15 @@ def test_problems_with_the_cli_say_what_to_do(tmp_path):
         (tmp_path / "claude").chmod(mode)
         out = command("--check", "--port", "0", "--claude", str(tmp_path / "claude"))
         assert out.returncode == 1 and words in out.stdout
-    assert "is none" in command("--check", "--claude", "/nowhere").stdout
+    for path, words in (("/nowhere", "does not exist"), (str(tmp_path), "is no file")):
+        assert words in command("--check", "--port", "0", "--claude", path).stdout
+
+
+def test_an_old_python_is_told_what_is_needed(monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 8, 18))
+    with pytest.raises(SystemExit, match="3.9 is needed"):
+        proxy.main()
+    ast.parse(read("claude_max_proxy.py"), feature_version=(3, 7))  # it gets that far
 
 
 def test_check():
@@ -3879,10 +4009,30 @@ def test_the_banner_says_what_to_try(capsys, make):
     assert "SECRET" not in "".join(banner) and "Bearer $KEY" in banner[-1]
 
 
+def test_the_log_shows_no_control_characters(capsys):
+    LOG("405 \x1b[31mGET\x07 /x \x85\n\ttotal=0.1")
+    line = capsys.readouterr().err
+    assert line.endswith(" 405 ?[31mGET? /x total=0.1\n") and line.count("\n") == 1
+
+
+def test_without_stderr_there_is_no_log_and_all_else(tmp_path):
+    with running(closed="2>&-") as (process, port):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        with contextlib.closing(connection):
+            for _ in range(2):  # one connection
+                connection.request("GET", "/health", headers={"Connection": "x"})
+                assert Result(connection.getresponse()).status == 200
+                assert connection.sock
+        process.terminate()
+        assert process.wait(10) == 0
+
+
 # ── Documents ──────────────────────────────────────────────────────────────────────
 
 
 def read(name):
+    if not os.path.exists(os.path.join(HERE, name)):
+        pytest.skip(f"{name} was not copied")
     with open(os.path.join(HERE, name), encoding="utf-8") as document:
         return document.read()
 
@@ -3926,6 +4076,26 @@ def test_readme_json_and_python_blocks_are_valid():
         r"```(python|json)\n(.*?)```", read("README.md"), re.S
     ):
         json.loads(block) if language == "json" else compile(block, "README.md", "exec")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Download `claude_max_proxy.py`",
+        "mkdir -p ~/.local/bin ~/Library/LaunchAgents",
+        "launchctl kickstart -k gui/$UID/com.claude-max-api",
+        "loginctl enable-linger",
+        "journalctl --user -u claude-max-proxy",
+        "`claude setup-token`",
+        "`CLAUDE_CODE_OAUTH_TOKEN`",
+        "`HTTPS_PROXY`",
+        "`127.0.0.1` there",
+        "`DISABLE_TELEMETRY=1`",
+        '`dirname "$(llm logs path)"`',
+    ],
+)
+def test_readme_tells_a_newcomer(words):
+    assert words in read("README.md")
 
 
 def test_the_plist_starts_the_server(tmp_path):
