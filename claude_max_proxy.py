@@ -31,9 +31,9 @@ The path of a request, and who runs where:
 
 Security: it listens on loopback; Host, Origin and Sec-Fetch-Site are checked, so no web
 page can spend your quota; nothing of a request reaches argv but a checked model id; the
-CLI runs without tools, settings, hooks, MCP servers or file mentions, in an empty private
-directory; prompts are never logged. A client that leaves ends its CLI, and so does the
-server when it ends.
+CLI runs without tools, settings, hooks, MCP servers or file mentions, in an empty
+private directory; prompts are never logged. A client that leaves ends its CLI, and so
+does the server when it ends.
 
 Sections: Limits · Errors · Settings · Request · CLI · Response · HTTP · Main
 
@@ -48,6 +48,10 @@ import collections
 import contextlib
 import errno
 import glob
+import hashlib
+import hmac
+import http.client
+import http.server
 import io
 import ipaddress
 import json
@@ -66,15 +70,6 @@ import time
 import urllib.parse
 from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple
 
-# Plain HTTP needs no OpenSSL (5 of 30 MB): http.client does without the ssl module, and
-# hashlib and hmac, which would load it too, are imported where they are needed.
-SSL = sys.modules.setdefault("ssl", None)  # type: ignore
-import http.client  # noqa: E402
-import http.server  # noqa: E402
-
-if SSL is None:
-    del sys.modules["ssl"]  # for others to import
-
 __version__ = "1.0.0"
 
 Json = Dict[str, Any]
@@ -88,7 +83,6 @@ MAX_LINE = 64 << 20  # bytes; a CLI line that goes on beyond this is nonsense
 REQUEST_SECONDS = 30  # to send the headers, and again for the body, however slowly
 IDLE_SECONDS = 120  # a kept-alive connection without a request
 WRITE_SECONDS = 60  # for a client to take a write that does not fit its buffers
-BURST_SECONDS = 0.002  # between the writes of a stream that comes faster than that
 ALIVE_SECONDS = 10  # of silence before a stream is started and kept alive
 TICK_SECONDS = 0.5  # how often the main thread, and a request that waits, look around
 TERM_SECONDS = 1.0  # from SIGTERM to SIGKILL
@@ -250,8 +244,6 @@ class Parser(argparse.ArgumentParser):
 
 def own_version() -> str:
     """The version, and this file's hash: a copied file still says which one it is."""
-    import hashlib
-
     with open(__file__, "rb") as source:
         digest = hashlib.sha256(source.read()).hexdigest()
     return f"claude_max_proxy {__version__} ({digest[:12]})"
@@ -1223,6 +1215,11 @@ class Claude:
             return told.model == wanted.model and told.turns == wanted.turns[:count]
         return True
 
+    def readiness(self) -> Tuple[int, bool, float]:
+        """What has been told most is ready first; of equals, what is up for longer."""
+        told = self.conversation
+        return len(told.turns), told.setup is not None, -self.born
+
     def tell(self, wanted: Conversation, query: Iterable[str] = ()) -> None:
         """Queue what it has not been told of `wanted`, which it fits, and `query`."""
         told, lines = self.conversation, []
@@ -1374,7 +1371,6 @@ def matters(line: bytes) -> bool:
     return line.startswith(b"{")
 
 
-DECODER = json.JSONDecoder()
 # What code that reads a line meets where the line is not of the shape we know.
 STRANGE = (
     LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError,
@@ -1387,7 +1383,7 @@ def strange_line() -> APIError:
 
 def parse_line(line: bytes) -> Json:
     try:
-        return DECODER.raw_decode(line.decode())[0]  # loads() takes half as long again
+        return json.loads(line)
     except (ValueError, RecursionError):
         raise bad_gateway("The Claude CLI printed what is no JSON.") from None
 
@@ -1584,11 +1580,8 @@ class Keeper:
         """The spare that fits best, if any: nobody else's from here on."""
         with self.lock:
             usable = [c for c in self.spares if c.is_usable(program) and c.fits(wanted)]
-            if not usable:
-                return None
-            told = [c.conversation for c in usable]
-            most = max((len(c.turns), bool(c.setup), i) for i, c in enumerate(told))
-            return self.release(usable[most[-1]])
+            best = max(usable, key=Claude.readiness, default=None)
+            return best and self.release(best)
 
     def spawn(self, program: Program, model: str) -> Claude:
         try:
@@ -2055,7 +2048,6 @@ class Reply:
         self.choices: Dict[int, Choice] = {}
         self.usage: Optional[Json] = None
         self.first: Optional[float] = None  # seconds until its first token
-        self.around: Dict[Any, List[str]] = {}  # what chunks of one kind share
 
     def add(self, index: int, delta: Json, reason: Optional[str] = None) -> Delta:
         """The first one of each choice tells the role."""
@@ -2076,18 +2068,6 @@ class Reply:
         if self.ask.include_usage:
             chunk["usage"] = usage
         return json.dumps(chunk)
-
-    def encode(self, delta: Delta) -> str:
-        """The chunk of a delta. What stands around a text is encoded only once."""
-        index, told, reason = delta
-        channel = next(iter(told), "tool_calls")
-        if reason or len(told) > 1 or channel == "tool_calls":
-            return self.chunk(delta)
-        kind = index, channel, self.model
-        if kind not in self.around:
-            chunk = self.chunk((index, {channel: "\0"}, None))
-            self.around[kind] = chunk.split(json.dumps("\0"))
-        return json.dumps(told[channel]).join(self.around[kind])
 
     def notes(self) -> Json:
         """What the log says of it."""
@@ -2255,32 +2235,20 @@ class Server(http.server.ThreadingHTTPServer):
         self.waker.close()
 
     def answer(self, reply: Reply, client: TimedReader) -> Iterator[Optional[Delta]]:
-        """The deltas of one response; None when there is no more for now. After some
-        silence comes one that changes nothing. (A comment would not reset the watchdogs
-        of some clients.)"""
-        begun = spoke = time.monotonic()
-        with contextlib.closing(self.run(reply, client)) as deltas:
-            for delta in deltas:
-                now = time.monotonic()
-                if delta is not None:
-                    spoke = now
-                    if reply.first is None and tells(delta):
-                        reply.first = now - begun
-                elif now > spoke + ALIVE_SECONDS:
-                    spoke = now
-                    yield reply.add(0, {"content": ""})
-                yield delta
-
-    def run(self, reply: Reply, client: TimedReader) -> Iterator[Optional[Delta]]:
-        """A process for each choice, from its place in the queue to its end."""
-        ask = reply.ask
+        """The deltas of one response, from its place in the queue to the end of its
+        processes, one for each choice; None when there is no more for now."""
+        ask, begun = reply.ask, time.monotonic()
         yield from self.gate.enter(ask.n, client)
         claudes: List[Claude] = []
         try:
             self.refuse_when_stopping()
             for _ in range(ask.n):
                 claudes.append(self.keeper.start(ask))
-            yield from self.converse(reply, claudes, client)
+            with contextlib.closing(self.converse(reply, claudes, client)) as deltas:
+                for delta in deltas:
+                    if reply.first is None and delta and tells(delta):
+                        reply.first = time.monotonic() - begun
+                    yield delta
         except APIError as error:
             if error.status == 401:
                 self.installation.login_refused()
@@ -2294,7 +2262,7 @@ class Server(http.server.ThreadingHTTPServer):
     def converse(
         self, reply: Reply, claudes: List[Claude], client: TimedReader
     ) -> Iterator[Optional[Delta]]:
-        ask, now = reply.ask, time.time()
+        ask, now, begun = reply.ask, time.time(), False
         answers = {claude: Answer(ask, i, now) for i, claude in enumerate(claudes)}
         lines = listen(claudes, client, self.settings.timeout)
         with contextlib.closing(lines):
@@ -2311,7 +2279,8 @@ class Server(http.server.ThreadingHTTPServer):
                 if answer.finish_reason:
                     claude.stop(signal.SIGTERM if answer.calm else signal.SIGKILL)
                 reply.model = answer.model or reply.model
-                if deltas and not reply.choices:
+                if deltas and not begun:
+                    begun = True
                     self.expect(ask, ask.turns if ask.goes_on else [])
                 for delta in deltas:
                     yield reply.add(answer.index, delta)
@@ -2563,7 +2532,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         scheme, _, given = self.headers.get("Authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             given = self.headers.get("X-Api-Key", "")
-        if not is_same(given.strip().encode("latin-1", "replace"), key.encode()):
+        given = given.strip().encode("latin-1", "replace")
+        if not hmac.compare_digest(given, key.encode()):
             message, code = "Incorrect API key provided.", "invalid_api_key"
             raise APIError(401, message, "authentication_error", code)
 
@@ -2735,30 +2705,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace")
 
     def send(self, data: bytes) -> None:
-        """Without the wait that a socket with a timeout makes before each write."""
-        if self.connection.gettimeout() != 0:
-            self.connection.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            data = data[self.connection.send(data) :]
-        if data:
-            self.connection.settimeout(WRITE_SECONDS)
-            self.connection.sendall(data)
+        self.connection.settimeout(WRITE_SECONDS)
+        self.connection.sendall(data)
 
     def stream(self, deltas: Iterator[Optional[Delta]]) -> None:
         """Server-sent events; those that came together leave together. The status line
         waits for the first one, so that a failure before it has a status of its own.
-        Where they come faster than BURST_SECONDS, the ones behind the first gather for
-        so long: to wake up for a token costs more than all else that is done for it."""
-        reply, flushed = self.reply, 0.0
+        After some silence comes one that changes nothing. (A comment would not reset
+        the watchdogs of some clients.)"""
+        reply, spoke = self.reply, time.monotonic()
         try:
             for delta in deltas:
+                if delta is None and time.monotonic() > spoke + ALIVE_SECONDS:
+                    delta = reply.add(0, {"content": ""})
                 if delta is not None:
-                    self.event(reply.encode(delta))
+                    self.event(reply.chunk(delta))
+                    spoke = time.monotonic()
                 elif self.pending:
                     self.flush()
-                    if time.monotonic() - flushed < BURST_SECONDS:
-                        time.sleep(BURST_SECONDS)
-                    flushed = time.monotonic()
         except APIError as error:
             if not self.streaming:
                 raise
@@ -2842,13 +2806,6 @@ def too_deep() -> APIError:
 def too_large() -> APIError:
     message = f"The request body is larger than {MAX_BODY >> 20} MiB."
     return APIError(413, message, code="request_too_large")
-
-
-def is_same(given: bytes, key: bytes) -> bool:
-    """In a time that does not tell how much of it is right."""
-    import hmac
-
-    return hmac.compare_digest(given, key)
 
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")

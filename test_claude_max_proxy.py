@@ -1216,16 +1216,6 @@ def test_streamed_tokens_leave_as_they_come(server):
             seen += connection.recv(65536)
 
 
-def test_the_tokens_of_a_burst_leave_together(server, monkeypatch):
-    monkeypatch.setattr(proxy, "BURST_SECONDS", 0.1)
-    with send_request(server.port, "mock:tokens=300", True) as connection:
-        raw = b""
-        while not raw.endswith(b"\r\n0\r\n\r\n"):
-            raw += connection.recv(65536)
-    assert raw.count(b"data: ") == 303
-    assert 2 < len(re.findall(rb"\r\n[0-9a-f]+\r\ndata: ", raw)) < 50
-
-
 @pytest.mark.parametrize(
     "path", ["/v1/models", "/models", "/v1/models/", "/models?x=1"]
 )
@@ -2783,9 +2773,13 @@ def test_a_tool_loop_finds_a_primed_spare(sparing):
     assert kinds == ["thinking", "text", "tool_use"]
 
 
-def test_the_next_process_starts_when_the_answer_begins(sparing):
-    """It has taken in the request's turns before the answer is out."""
-    messages = [user("a"), assistant("b"), user("mock:tokens=2 mock:gap_ms=60000")]
+@pytest.mark.parametrize("alive", [10, 0])
+def test_the_next_process_starts_when_the_answer_begins(sparing, alive, monkeypatch):
+    """It has taken in the request's turns before the answer is out; also behind a
+    delta that only kept the stream alive."""
+    monkeypatch.setattr(proxy, "ALIVE_SECONDS", alive)
+    wish = "mock:delay_ms=300 mock:tokens=2 mock:gap_ms=60000"
+    messages = [user("a"), assistant("b"), user(wish)]
     connection = send_request(sparing.port, messages[2]["content"], True, messages[:2])
     told = [(True, 3), BLANK]
     spares = sparing.keeper.spares
@@ -2879,6 +2873,16 @@ def test_true_is_not_1(sparing):
     shown = json.loads(sparing.chat(history, tools=[tool()]).content)
     assert shown["turns"][1]["content"][0]["input"] == {"x": True}
     assert shown["turns"][1]["content"][0]["input"]["x"] is True
+
+
+def test_of_equal_spares_the_older_one_is_up(sparing):
+    sparing.chat("a")
+    sparing.settle()
+    births = [claude.born for claude in sparing.keeper.spares]
+    wanted = proxy.Conversation("sonnet")
+    claude = sparing.keeper.take(wanted, sparing.server.installation.program())
+    assert claude.born == min(births) < max(births)
+    sparing.keeper.retire(claude)
 
 
 def test_a_dead_spare_is_not_used(sparing):
@@ -3752,7 +3756,7 @@ def told_by(raws, answer, reply):
             if answer.finish_reason:
                 deltas.append(reply.add(0, {}, answer.finish_reason))
             for _, delta, reason in deltas:
-                (choice,) = json.loads(reply.encode((0, delta, reason)))["choices"]
+                (choice,) = json.loads(reply.chunk((0, delta, reason)))["choices"]
                 texts = [
                     choice["delta"].get(key) for key in ("content", "reasoning_content")
                 ]
