@@ -89,6 +89,7 @@ TERM_SECONDS = 1.0  # from SIGTERM to SIGKILL
 DRAIN_SECONDS = 2.0  # that answers in flight get when the server stops
 SPARE_SECONDS = 600  # after which an unused spare is renewed
 STARTED_SECONDS = 3  # after which a CLI surely is up, also on a slow machine
+PAUSE_SECONDS = 60  # in a conversation, after which its spare may make room
 REST_SECONDS = 3600  # without a request, after which no spare is renewed
 LOGIN_SECONDS = 5  # between two looks whether somebody has logged in
 REFUSED_SECONDS = 60  # that a login which the API refused counts as none, unasked
@@ -1527,10 +1528,10 @@ class Keeper:
     conversation's turns). A process that was asked is never used again.
 
     When an answer begins, a spare is told the conversation so far, and a new process
-    starts in its place; when the answer is out, the spare is told that, too. Of two or
-    more spares one stays blank, for a request that nobody expects. An old one is
-    renewed, one at a time, so that another is there meanwhile; a server that nobody
-    asks for REST_SECONDS lets its spares go.
+    starts in its place; when the answer is out, the spare is told that, too. Where all
+    are told, the one used least makes room for a blank one as soon as its conversation
+    pauses. An old one is renewed, one at a time, so that another is there meanwhile; a
+    server that nobody asks for REST_SECONDS lets its spares go.
 
     The main thread does all this: it has nothing else to do, so no thread is needed for
     it, and no token waits for it. `lock` guards all fields and the spares, and is held
@@ -1621,12 +1622,12 @@ class Keeper:
         self.drop([c for c in self.spares if c.program != program])
         with self.lock:
             wishes, self.wishes = self.wishes, []
-        with contextlib.suppress(APIError):  # the next request says what is wrong
-            for ask, turns in wishes if program else ():
+        for ask, turns in wishes if program else ():
+            with contextlib.suppress(APIError, RecursionError):
                 self.prepare(ask, turns, program)
-            if program and self.filling:
-                self.fill(program)
         self.renew()
+        if program and self.filling:
+            self.fill(program)
 
     def reap(self) -> None:
         for claude in self.dying[:]:
@@ -1647,18 +1648,22 @@ class Keeper:
 
     def fill(self, program: Program) -> None:
         self.filling = False
-        told = [c for c in self.spares if c.conversation.setup]
-        self.drop(told[: max(0, len(told) - max(1, self.most - 1))])
-        while len(self.spares) < self.most:
-            self.add(self.spawn(program, self.model), Conversation(self.model))
+        with contextlib.suppress(APIError):  # the next request says what is wrong
+            while len(self.spares) < self.most:
+                claude = self.spawn(program, self.model)
+                self.add(claude, claude.conversation)
 
     def renew(self) -> None:
-        """Drop a spare that is too old; fill() starts another."""
+        """Drop a spare that is too old, or the one of a conversation that pauses where
+        no spare is blank; fill() starts another."""
         now, by_age = time.monotonic(), sorted(self.spares, key=lambda c: c.born)
         if not by_age or by_age[-1].born > now - STARTED_SECONDS:
-            return
-        if by_age[0].born < now - SPARE_SECONDS:
-            self.drop(by_age[:1])
+            return  # one at a time
+        old = [c for c in by_age if c.born < now - SPARE_SECONDS]
+        if all(c.conversation.setup for c in self.spares):
+            old += [c for c in self.spares[:-1] if c.alive_at < now - PAUSE_SECONDS]
+        if old:
+            self.drop(old[:1])
             self.filling = now < self.asked_at + REST_SECONDS
 
     def add(self, claude: Claude, wanted: Conversation) -> None:

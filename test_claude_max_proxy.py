@@ -2962,14 +2962,37 @@ def test_a_spare_is_taken_once(sparing):
 
 
 @pytest.mark.parametrize("most", [1, 2, 3])
-def test_the_number_of_spares_is_bounded(make, most):
+def test_the_number_of_spares_is_bounded(make, monkeypatch, most):
     one = settling(make(spares=most))
     for text in "abcd":
         one.chat([user(text), assistant("x"), user("y")])
         one.settle()
         assert len(one.keeper.spares) == most
-    blank = [told for told in spares_of(one) if told == BLANK]
-    assert len(blank) == min(most - 1, 1)
+    assert spares_of(one) == [(True, 4)] * most
+    monkeypatch.setattr(proxy, "STARTED_SECONDS", 0)
+    monkeypatch.setattr(proxy, "PAUSE_SECONDS", 0)
+    wanted = [(True, 4)] * max(1, most - 1) + [BLANK] * (most > 1)
+    until(lambda: spares_of(one) == wanted)
+    last = one.keeper.spares[-1 if most == 1 else -2].conversation.turns
+    assert "d" in json.loads(last[0])["message"]["content"][0]["text"]
+
+
+def test_two_agents_by_turns_find_their_own_spares(sparing):
+    loops = [[user(x), assistant("x"), user("y")] for x in "ab"]
+    for step in range(3):
+        for history in loops:
+            reply, spare = ask_spare(sparing, history)
+            history += [reply.message, user("next")]
+            assert not step or spare
+    assert spares_of(sparing) == [(True, 8), (True, 8)]
+
+
+def test_what_can_not_be_told_ahead_stops_nothing(sparing, monkeypatch):
+    def too_deep(*arguments):
+        raise RecursionError
+
+    monkeypatch.setattr(sparing.keeper, "prepare", too_deep)
+    assert [sparing.chat("a").status, sparing.chat("b").status] == [200, 200]
 
 
 def test_a_cleaned_temporary_directory_is_made_anew(sparing):
