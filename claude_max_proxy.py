@@ -99,6 +99,7 @@ MAX_CHOICES = 8  # `n`: one CLI process each
 MAX_STOPS = 4  # OpenAI's limit for `stop`
 MAX_TOKENS = 10**9  # the CLI lowers it to what the model can do
 MIN_THINKING_TOKENS = 2048  # max_tokens below leave no room for a thought (API: 1024)
+MIN_BUDGET_TOKENS = 4096  # where a thought may take all of max_tokens but one
 MAX_DESCRIPTION = 2048  # characters; older CLIs cut a tool's description there
 MAX_THOUGHTS = 1000  # tool calls whose signed thinking is remembered
 OLDEST_PYTHON = (3, 9)
@@ -141,7 +142,12 @@ class Failure(NamedTuple):
     param: Optional[str] = None
 
 
-LOGIN_CURE = "Claude Code is not logged in. Run `claude auth login`, then try again."
+HAS_TOKEN = bool(os.environ.get("CLAUDE_CODE_OAUTH_TOKEN"))  # it wins over a login
+LOGIN_CURE = (
+    "CLAUDE_CODE_OAUTH_TOKEN is refused: get a new one with `claude setup-token`."
+    if HAS_TOKEN
+    else "Claude Code is not logged in. Run `claude auth login`, then try again."
+)
 NO_MODEL = "The model does not exist, or your plan does not include it; see /v1/models."
 TOO_LONG = Failure(400, "invalid_request_error", "context_length_exceeded")
 
@@ -175,6 +181,8 @@ def failure(status: Any, words: Tuple[Any, Any], text: str, wait: float) -> APIE
     502 for what is in no table."""
     reason, category = words
     found = CATEGORIES.get(reason) or FAILURES.get(status) or CATEGORIES.get(category)
+    if category == "authentication_failed":  # whatever its status: 403, too
+        found = FAILURES[401]
     found = found or FAILURES[500]
     message = found.message or text or "The Claude API answered with an error."
     error = APIError(found.status, message, found.type, found.code, found.param)
@@ -304,7 +312,7 @@ KNOWN_MODELS = [*MODELS, *MODELS.values()]
 MODEL_ID = re.compile(r"claude-[A-Za-z0-9.:_\[\]-]{1,120}")
 # Models whose thinking has a budget: in a tool loop the API wants their signed thinking
 # block back (Messages API, "Preserving thinking blocks").
-BUDGET_MODEL = re.compile(r"haiku|claude-3|-4-[0-5](-|$)|-4-20\d{6}")
+BUDGET_MODEL = re.compile(r"haiku|claude-3|-4-[0-5](?!\d)|-4-20\d{6}")
 EFFORTS = {"none": "", "minimal": "low"}  # OpenAI's words for the CLI's --effort
 EFFORTS.update((word, word) for word in ("low", "medium", "high", "xhigh", "max"))
 
@@ -378,8 +386,9 @@ class Setup(NamedTuple):
 class Ask(NamedTuple):
     """All that one request asks. `requested` is the client's name of the model, `model`
     the CLI's. `turns` are Messages API messages, the last one a user's; `names` gives
-    the client's name for a tool's name at the API; `structured`: the arguments of
-    STRUCTURED_OUTPUT are the answer's content."""
+    the client's name for a tool's name at the API, `properties` the same for the
+    properties of each tool; `structured`: the arguments of STRUCTURED_OUTPUT are the
+    answer's content."""
 
     requested: str
     model: str
@@ -387,6 +396,7 @@ class Ask(NamedTuple):
     setup: Setup
     turns: List[Json]
     names: Dict[str, str] = {}
+    properties: Dict[str, Dict[str, str]] = {}
     structured: bool = False
     stream: bool = False
     include_usage: bool = False
@@ -419,9 +429,11 @@ def may(holder: Json, key: str, kinds: Tuple[type, ...], where: str) -> Any:
 
 
 class Thought(NamedTuple):
-    """The thinking before a tool call; its signatures are good for one model alone."""
+    """An answer with tool calls: the model that was asked, the one that signed the
+    thinking, which is good for it alone, and all blocks in their order."""
 
     model: str
+    signer: str
     blocks: List[Json]
 
 
@@ -433,7 +445,8 @@ def parse_request(body: Any, thoughts: Thoughts) -> Ask:
     body = parse_parameters(body)
     tools, names = parse_tools(body.get("tools", []))
     model = cli_model(body["model"])
-    script = Transcript(thoughts, model)
+    properties = {t["name"]: rename_properties(t["inputSchema"]) for t in tools}
+    script = Transcript(thoughts, model, properties)
     for i, message in enumerate(body["messages"]):
         script.add(message, f"messages[{i}]")
     script.finish()
@@ -444,14 +457,17 @@ def parse_request(body: Any, thoughts: Thoughts) -> Ask:
     structured = schema is not None and choice.get("type") not in ("any", "tool")
     if structured:  # where a call is forced, there is no content to shape
         tools.append(mcp_tool(STRUCTURED_OUTPUT, STRUCTURED_TEXT, schema))
+        renamed = rename_properties(tools[-1]["inputSchema"])
+        properties[STRUCTURED_OUTPUT] = renamed
         choice = structured_choice(choice, names)
     return Ask(
         requested=body["model"],
         model=model,
-        options=parse_options(body, model, choice, script.unsigned),
+        options=parse_options(body, model, choice, is_unsigned(script.turns)),
         setup=Setup("\n\n".join(script.system), tuple(tools)),
         turns=script.turns,
         names=names,
+        properties=properties,
         structured=structured,
         stream=body.get("stream", False),
         include_usage=parse_include_usage(body),
@@ -483,7 +499,7 @@ def parse_parameters(body: Any) -> Json:
 def parse_options(
     body: Json, model: str, choice: Json, unsigned: bool
 ) -> QueryOptions:
-    """`unsigned`: a tool loop goes on whose signed thinking is not known."""
+    """`unsigned`: see is_unsigned()."""
     effort = body.get("reasoning_effort", "")
     if effort and effort not in EFFORTS:
         known = ", ".join(EFFORTS)
@@ -494,7 +510,7 @@ def parse_options(
         effort == "none"
         or choice.get("type") in ("any", "tool")  # the API refuses both together
         or 0 < tokens < MIN_THINKING_TOKENS
-        or (unsigned and BUDGET_MODEL.search(model))
+        or (BUDGET_MODEL.search(model) and (unsigned or 0 < tokens < MIN_BUDGET_TOKENS))
     )
     as_json = json.dumps(choice) if choice else ""
     return QueryOptions(EFFORTS.get(effort, ""), thinking, tokens, as_json)
@@ -554,16 +570,34 @@ def parse_format(body: Json) -> Optional[Json]:
 # drops it in silence for a schema with a keyword that it does not know.)
 STRUCTURED_OUTPUT = "StructuredOutput"
 STRUCTURED_TEXT = "Give your final response as the arguments of this tool."
-RESERVED = {STRUCTURED_OUTPUT, "ToolSearch"}  # names that mean something to the CLI
+# Names that mean something to the CLI: it edits inputs of the last two in the history.
+RESERVED = {STRUCTURED_OUTPUT, "ToolSearch", "ExitPlanMode", "Edit"}
 API_NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
+API_PROPERTY = re.compile(r"[a-zA-Z0-9_.-]{1,64}")  # at the top of a schema (2.1.330)
 
 
-def api_name(name: str) -> str:
-    """A tool name or call id that the Messages API accepts; the same for the same."""
-    if API_NAME.fullmatch(name) and name not in RESERVED:
+def api_name(name: str, accepted: Any = API_NAME) -> str:
+    """A tool name, call id or property that the Messages API accepts; the same for the
+    same."""
+    if accepted.fullmatch(name) and (accepted is API_PROPERTY or name not in RESERVED):
         return name
     digest = binascii.crc32(name.encode("utf-8", "replace"))
-    return re.sub(r"[^a-zA-Z0-9_-]", "_", name)[:100] + f"_{digest:08x}"
+    return re.sub(r"[^a-zA-Z0-9_-]", "_", name)[:50] + f"_{digest:08x}"
+
+
+def api_property(name: str) -> str:
+    return api_name(name, API_PROPERTY)
+
+
+def rename_properties(schema: Json) -> Dict[str, str]:
+    """Give the top properties names that the CLI takes: for others it drops the tool in
+    silence. -> name at the API -> the client's, where they differ."""
+    names = schema.get("properties", {})
+    if names:
+        schema["properties"] = {api_property(name): v for name, v in names.items()}
+    if "required" in schema:
+        schema["required"] = [api_property(name) for name in schema["required"]]
+    return {api_property(name): name for name in names if api_property(name) != name}
 
 
 def parse_tools(tools: List[Any]) -> Tuple[List[Json], Dict[str, str]]:
@@ -609,9 +643,7 @@ def object_schema(schema: Json, where: str) -> Json:
     schema = {k: v for k, v in modern(schema, where).items() if k != "$schema"}
     combined = {k: schema.pop(k) for k in COMBINATORS if k in schema}
     schema["type"] = "object"
-    properties: Json = {}
-    for branch in [branch for branches in combined.values() for branch in branches]:
-        properties.update(branch.get("properties", {}))
+    properties = union([b for branches in combined.values() for b in branches])
     properties.update(schema.get("properties", {}))
     if properties:
         schema["properties"] = properties
@@ -622,7 +654,20 @@ def object_schema(schema: Json, where: str) -> Json:
     return schema
 
 
+def union(branches: List[Json]) -> Json:
+    """The properties of all branches; one that differs is the anyOf of its schemas."""
+    found: Dict[str, Dict[str, Json]] = {}  # by name, then by their JSON
+    for branch in branches:
+        for name, schema in branch.get("properties", {}).items():
+            found.setdefault(name, {})[json.dumps(schema)] = schema
+    return {
+        name: {"anyOf": list(kinds.values())} if len(kinds) > 1 else [*kinds.values()][0]
+        for name, kinds in found.items()
+    }
+
+
 COMBINATORS = ("anyOf", "oneOf", "allOf")
+NUMERIC = re.compile("m(in|ax)imum|exclusiveM(in|ax)imum|multipleOf|m(in|ax)[A-Z].*")
 JSON_TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 
 
@@ -632,16 +677,29 @@ def modern(schema: Any, where: str) -> Json:
     if isinstance(schema, bool):
         return {} if schema else {"not": {}}
     schema = {k: v for k, v in check(schema, (dict,), where).items() if v is not None}
+    schema.pop("$id", None)  # nobody refers to it, and "#x" is none
     kind = schema.get("type", [])
     if any(k not in JSON_TYPES for k in (kind if isinstance(kind, list) else [kind])):
         del schema["type"]  # "any", "file": no JSON type
-    if type(schema.get("required")) is bool:  # draft 3
-        del schema["required"]
     for name in may(schema, "required", (list,), where) or []:
         check(name, (str,), where + ".required")
+    for key in ("required", "type"):
+        if isinstance(schema.get(key), list):
+            schema[key] = list(dict.fromkeys(schema[key]))  # each once
     for key, end in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
         if type(schema.get(key)) is bool and schema.pop(key) and end in schema:
             schema[key] = schema.pop(end)  # draft 4
+    for key in filter(NUMERIC.fullmatch, list(schema)):
+        if isinstance(schema[key], str):  # "0" for 0
+            with contextlib.suppress(ValueError):
+                schema[key] = parse_json(schema[key].encode())
+        if type(schema[key]) not in (int, float):
+            del schema[key]
+    if schema.get("additionalProperties") in ("true", "false"):
+        schema["additionalProperties"] = schema["additionalProperties"] == "true"
+    for key in (*COMBINATORS, "items", "prefixItems"):
+        if schema.get(key) == []:  # says nothing, and is none of 2020-12
+            del schema[key]
     if type(schema.get("items")) is list:  # draft 7
         schema["prefixItems"] = schema.pop("items")
         if "additionalItems" in schema:
@@ -689,8 +747,9 @@ def parse_choice(body: Json, names: Dict[str, str]) -> Json:
 def structured_choice(choice: Json, names: Dict[str, str]) -> Json:
     """The tool_choice that leaves no answer but the JSON, or a client's tool call."""
     if names and choice.get("type") != "none":
-        return {**choice, "type": "any"}
-    forced = {"type": "tool", "name": STRUCTURED_OUTPUT}
+        forced: Json = {"type": "any"}
+    else:
+        forced = {"type": "tool", "name": STRUCTURED_OUTPUT}
     return {**forced, "disable_parallel_tool_use": True}
 
 
@@ -707,17 +766,21 @@ class Transcript:
     """OpenAI's messages -> `system` texts and `turns`, in the Messages API's roles.
 
     Neighbours of one role are one turn; texts without a character to see are dropped,
-    for the API refuses them. `called`: names of the tools in the history; `unsigned`:
-    whether a tool loop goes on whose signed thinking is not in `thoughts`.
+    for the API refuses them. `called`: names of the tools in the history; `properties`
+    as in Ask. Call ids are the API's in `ids`: each once in a conversation, or the CLI
+    drops the call. (For it `x_1` is the same as `x`; `x-1` is not.)
     """
 
-    def __init__(self, thoughts: Thoughts, model: str, turns: Iterable[Json] = ()):
-        self.thoughts, self.model = thoughts, model
+    def __init__(
+        self, thoughts: Thoughts, model: str,
+        properties: Dict[str, Dict[str, str]], turns: Iterable[Json] = (),
+    ):  # fmt: skip
+        self.thoughts, self.model, self.properties = thoughts, model, properties
         self.turns = list(turns)
         self.system: List[str] = []
         self.called: Set[str] = set()
-        self.unsigned = False
-        self.open: Dict[str, str] = {}  # id of a call -> where, until it is answered
+        self.ids = {b.get("id") for turn in self.turns for b in turn["content"]}
+        self.open: Dict[str, Tuple[str, str]] = {}  # unanswered: id -> (where, API's)
 
     def add(self, message: Any, where: str) -> None:
         role = want(check(message, (dict,), where), "role", (str,), where)
@@ -738,7 +801,6 @@ class Transcript:
 
     def add_user(self, message: Json, where: str) -> None:
         blocks = parse_content(message, where, ("text", "image_url", "file"))
-        self.unsigned = self.unsigned and not blocks
         self.append("user", blocks)
 
     def add_assistant(self, message: Json, where: str) -> None:
@@ -747,12 +809,13 @@ class Transcript:
         blocks = parse_content(message, where, ("text", "refusal"))
         calls = may(message, "tool_calls", (list,), where) or []
         uses = [self.use(c, f"{where}.tool_calls[{i}]") for i, c in enumerate(calls)]
+        if self.turns and self.turns[-1]["role"] == "assistant":  # a text before
+            blocks = self.turns.pop()["content"] + blocks
         thought = self.thoughts.get(uses[0]["id"]) if uses else None
-        if thought and thought.blocks and self.model in thought.model:
-            self.append("assistant", thought.blocks + blocks + uses)
-            self.turns[-1]["model"] = thought.model
+        if thought and thought.model == self.model:
+            self.append("assistant", in_order(thought.blocks, blocks, uses))
+            self.turns[-1]["model"] = thought.signer
         else:
-            self.unsigned = self.unsigned or bool(uses)
             self.append("assistant", blocks + uses)
 
     def use(self, call: Any, where: str) -> Json:
@@ -763,18 +826,23 @@ class Transcript:
         tool = api_name(want(function, "name", (str,), where))
         if name in self.open:
             raise bad(where, f"The tool call id '{name[:100]}' is used twice.")
-        self.open[name] = where
+        fresh = api_name(name)
+        while fresh in self.ids:  # some clients count from 0 in each answer
+            fresh = f"{api_name(name)}-{len(self.ids)}"
+        self.ids.add(fresh)
+        self.open[name] = where, fresh
         self.called.add(tool)
-        arguments = may(function, "arguments", (str,), where) or ""
-        use = {"type": "tool_use", "id": api_name(name), "name": tool}
-        return {**use, "input": parse_arguments_of_call(arguments)}
+        value = parse_arguments_of_call(may(function, "arguments", (str,), where) or "")
+        known = {ours: api for api, ours in self.properties.get(tool, {}).items()}
+        value = {known.get(key, key): item for key, item in value.items()}
+        return {"type": "tool_use", "id": fresh, "name": tool, "input": value}
 
     def add_tool(self, message: Json, where: str) -> None:
         name = want(message, "tool_call_id", (str,), where)
-        if self.open.pop(name, None) is None:
+        if name not in self.open:
             text = f"'{where}' must follow an assistant message with that tool call."
             raise bad(where + ".tool_call_id", text)
-        result: Json = {"type": "tool_result", "tool_use_id": api_name(name)}
+        result: Json = {"type": "tool_result", "tool_use_id": self.open.pop(name)[1]}
         blocks = parse_content(message, where, ("text", "image_url", "file"))
         if blocks:
             alone = len(blocks) == 1 and blocks[0].get("text")
@@ -800,7 +868,7 @@ class Transcript:
             self.turns.append({"role": role, "content": blocks})
 
     def expect_no_open_call(self) -> None:
-        for name, where in self.open.items():
+        for name, (where, _) in self.open.items():
             message = f"The tool call '{name[:100]}' has no response: 'tool_calls' "
             raise bad(where, message + "must be followed by a tool message for each.")
 
@@ -808,6 +876,29 @@ class Transcript:
         self.expect_no_open_call()
         if not self.turns or self.turns[-1]["role"] == "assistant":
             self.append("user", [text_block(CONTINUE if self.turns else BEGIN)])
+
+
+def in_order(told: List[Json], said: List[Json], uses: List[Json]) -> List[Json]:
+    """An answer with tool calls, as the client has it, with its thinking: in the order
+    of `told`, as it came, where both are the same; else behind all thinking."""
+    texts = ["".join(b.get("text", "") for b in blocks) for blocks in (told, said)]
+    by_id = {use["id"]: use for use in uses}
+    ids = [block["id"] for block in told if block["type"] == "tool_use"]
+    if texts[0] == texts[1] and sorted(ids) == sorted(by_id):
+        return [by_id.get(block.get("id"), block) for block in told]
+    return [block for block in told if "thinking" in block["type"]] + said + uses
+
+
+def is_unsigned(turns: List[Json]) -> bool:
+    """Whether a tool loop goes on, up to the last turn, whose signed thinking is not
+    known. (A turn with a result belongs to the loop, also with a text behind it.)"""
+    for turn in reversed(turns):
+        kinds = [block["type"] for block in turn["content"]]
+        if turn["role"] == "user" and "tool_result" not in kinds:
+            return False
+        if "tool_use" in kinds and "thinking" not in kinds[0]:
+            return True
+    return False
 
 
 def parse_arguments_of_call(text: str) -> Json:
@@ -1031,8 +1122,10 @@ def query_line(turn: Json, version: Tuple[int, ...]) -> Json:
     without it no conversation would be found there again."""
     line = turn_line(turn, 0, version)
     del line["shouldQuery"]
-    content = line["message"]["content"]
-    content = [*content[:-1], {**content[-1], "cache_control": CACHE_MARK}]
+    content = list(line["message"]["content"])
+    places = [i for i, block in enumerate(content) if block["type"] != "image"]
+    last = places[-1] if places else -1  # 2.1.330 loses a mark on an image
+    content[last] = {**content[last], "cache_control": CACHE_MARK}
     return {**line, "message": {"role": "user", "content": content}}
 
 
@@ -1277,7 +1370,7 @@ class Claude:
         self.partial = [tail]
         parsed = [parse_line(line) for line in lines if matters(line)]
         try:
-            return [line for line in parsed if not self.settle(line)]
+            return [line for line in parsed if line and not self.settle(line)]
         except STRANGE:
             raise strange_line() from None
 
@@ -1366,7 +1459,7 @@ def matters(line: bytes) -> bool:
     each finished block comes once more (its message has no stop_reason of its own; in a
     text the quotes would be escaped)."""
     if line.startswith(b'{"type":"system"'):
-        return b'"api_retry"' in line
+        return b'"subtype":"init"' in line or b'"api_retry"' in line
     if line.startswith(b'{"type":"assistant"'):
         return b'"stop_reason":null' not in line[:500]
     return line.startswith(b"{")
@@ -1382,11 +1475,12 @@ def strange_line() -> APIError:
     return bad_gateway("The Claude CLI printed a strange line.")
 
 
-def parse_line(line: bytes) -> Json:
+def parse_line(line: bytes) -> Optional[Json]:
+    """None for what is no JSON: other noise on stdout is skipped, too."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
-        raise bad_gateway("The Claude CLI printed what is no JSON.") from None
+        return None
 
 
 Event = Tuple[Optional[Claude], Optional[Json]]
@@ -1746,15 +1840,17 @@ class Answer:
 
     def __init__(self, ask: Ask, index: int = 0, now: float = 0.0):
         self.index, self.now = index, now
-        self.stops, self.names = ask.stops, ask.names
+        self.stops, self.names, self.properties = ask.stops, ask.names, ask.properties
+        self.tools = [tool["name"] for tool in ask.setup.tools]
         self.structured = ask.structured
         self.model = ""
         self.usage: Dict[str, int] = {}
         self.finish_reason: Optional[str] = None
         self.calm = False
         self.calls: List[Json] = []  # {id, name}
-        self.thinking: List[Json] = []  # finished blocks, with their signatures
+        self.blocks: List[Json] = []  # the finished ones, with their signatures
         self.category: Any = None  # of a failure to come
+        self.failed_before = ""  # the text of a failure of the CLI's own
         self.resets_at = 0.0  # when the rate limit ends, epoch seconds
         self.said: Dict[Any, List[str]] = {}
         self.again: Dict[Any, str] = {}
@@ -1762,6 +1858,7 @@ class Answer:
         self.block: Json = {}  # the open content block
         self.channel: Any = None  # where its deltas go
         self.call_count = 0  # in the message as it is being told
+        self.pieces: List[str] = []  # of the arguments of the open block
 
     def feed(self, line: Json) -> List[Json]:
         """Raises APIError for a failure that the CLI tells of, 502 for a line of a
@@ -1784,7 +1881,7 @@ class Answer:
         self.model = string(message["model"])
         self.count(message["usage"])
         self.again = {key: "".join(parts) for key, parts in self.said.items() if parts}
-        self.call_count, self.thinking = 0, []
+        self.call_count, self.blocks = 0, []
         return [{"content": ""}] if first else None  # a sign of life
 
     def on_block_start(self, event: Json) -> Deltas:
@@ -1793,10 +1890,13 @@ class Answer:
         if kind != "tool_use":
             channels = {"text": "content", "thinking": "reasoning_content"}
             self.channel = channels.get(kind)
-        elif self.structured and block["name"] == STRUCTURED_OUTPUT:
-            self.channel = "content"
-        else:
+            return None
+        self.pieces = []
+        if not (self.structured and block["name"] == STRUCTURED_OUTPUT):
             return self.on_call(block)
+        first = all(known["name"] != STRUCTURED_OUTPUT for known in self.blocks
+                    if known["type"] == "tool_use")  # fmt: skip
+        self.channel = "content" if first else None  # a second one is never told
         return None
 
     def on_call(self, block: Json) -> Deltas:
@@ -1817,10 +1917,12 @@ class Answer:
         delta = event["delta"]
         kind = delta["type"]
         if kind == "text_delta":
+            self.block["text"] += delta["text"]
             return self.say("content", delta["text"])
         if kind == "input_json_delta":
-            if delta["partial_json"]:  # the first piece is always empty
-                self.block["told"] = True
+            self.pieces.append(string(delta["partial_json"]))
+            if self.properties.get(self.block.get("name")):
+                return None  # told as a whole, by the client's names
             return self.say(self.channel, delta["partial_json"])
         if kind == "thinking_delta":
             self.block["thinking"] += delta["thinking"]
@@ -1830,11 +1932,17 @@ class Answer:
         return None
 
     def on_block_stop(self, event: Json) -> Deltas:
-        if self.block["type"] in ("thinking", "redacted_thinking"):
-            self.thinking.append(self.block)
-        elif self.block["type"] == "tool_use" and "told" not in self.block:
-            return self.say(self.channel, json.dumps(self.block["input"]))
-        return None
+        block, text = self.block, "".join(self.pieces)
+        if block["type"] != "text" or block["text"].strip():
+            self.blocks.append(block)  # the API refuses an empty text
+        if block["type"] != "tool_use":
+            return None
+        names = self.properties.get(block["name"])
+        if text and not names:
+            return None  # it was told piece by piece
+        value = json.loads(text) if text else block["input"]
+        value = {(names or {}).get(key, key): item for key, item in value.items()}
+        return self.say(self.channel, json.dumps(value, ensure_ascii=False))
 
     def on_message_delta(self, event: Json) -> Deltas:
         self.count(event.get("usage") or {})
@@ -1853,6 +1961,10 @@ class Answer:
         of its own, an answer that was not streamed."""
         message = line["message"]
         self.category = line.get("error") or self.category
+        if message.get("model") == "<synthetic>":  # a failure of the CLI's own
+            texts = [block.get("text", "") for block in message["content"]]
+            self.failed_before = "\n".join(texts)
+            return None
         if self.category or not message.get("stop_reason"):
             return None
         deltas = self.on_message_start({"message": message}) or []
@@ -1865,14 +1977,20 @@ class Answer:
 
     def on_result(self, line: Json) -> Deltas:
         """The end of the turn. An answer would have been complete before."""
-        if not line.get("is_error"):
+        if not line.get("is_error") and not self.failed_before:
             raise bad_gateway("Claude ended without an answer.")
         words = line.get("terminal_reason"), self.category
-        text, status = str(line.get("result") or ""), line.get("api_error_status")
+        text = str(line.get("result") or self.failed_before)
+        status = line.get("api_error_status")
+        if not line.get("is_error"):  # 2.1.112 refuses an image by itself so
+            status = 400
         raise failure(status, words, text, self.resets_at - self.now)
 
     def on_system(self, line: Json) -> Deltas:
-        """A retry to come: it helps against the API's own troubles alone."""
+        """The tools that the CLI took, or a retry to come: it helps against the API's
+        own troubles alone."""
+        if line.get("subtype") == "init":
+            self.expect_tools(line.get("tools") or [])
         if line.get("subtype") != "api_retry":
             return None
         status, category = line["error_status"] or 0, line.get("error")
@@ -1880,6 +1998,14 @@ class Answer:
             text = f"The Claude API answered {status} ({category})."
             raise failure(status, (None, category), text, line["retry_delay_ms"] / 1000)
         return None
+
+    def expect_tools(self, taken: List[str]) -> None:
+        """The CLI drops a tool whose schema it does not like, in silence."""
+        taken = [*taken, *(["Agent"] if "Task" in taken else [])]  # shown as one name
+        lost = [self.names.get(t, t) for t in self.tools if t not in taken]
+        if lost:
+            message = f"Claude Code does not take the schema of '{lost[0]}'."
+            raise bad("tools", message, "invalid_schema")
 
     def on_rate_limit(self, line: Json) -> Deltas:
         self.resets_at = line["rate_limit_info"].get("resetsAt") or 0.0
@@ -1903,6 +2029,8 @@ class Answer:
     def say(self, channel: Any, text: str) -> Deltas:
         """The delta for what is new of `text`."""
         text = string(text)
+        if channel is None:
+            return None
         if channel in self.again:
             text = self.unsaid(channel, text)
         self.said.setdefault(channel, []).append(text)
@@ -2296,7 +2424,7 @@ class Server(http.server.ThreadingHTTPServer):
         if not all(answer.finish_reason for answer in answers.values()):
             raise unavailable("The server is stopping.", "stopping")
         reply.usage = openai_usage([answer.usage for answer in answers.values()])
-        self.learn(list(answers.values()))
+        self.learn(ask, answers.values())
 
     def note_limit(self, info: Json) -> None:
         """Keep what the CLI tells of the plan's limit, for /health; log it when it
@@ -2322,13 +2450,13 @@ class Server(http.server.ThreadingHTTPServer):
         message = f"The Claude CLI ended (exit code {code}) before its answer did."
         return bad_gateway(message, "cli_died")
 
-    def learn(self, answers: List[Answer]) -> None:
+    def learn(self, ask: Ask, answers: Iterable[Answer]) -> None:
         """An answer is complete: keep its signed thinking for the next request of its
         tool loop."""
         self.installation.login_works()
         for answer in answers:
-            if answer.calls:
-                thought = Thought(answer.model, answer.thinking)
+            if answer.calls and any("thinking" in b["type"] for b in answer.blocks):
+                thought = Thought(ask.model, answer.model, answer.blocks)
                 self.thoughts[answer.calls[0]["id"]] = thought
         while len(self.thoughts) > MAX_THOUGHTS:
             self.thoughts.pop(next(iter(list(self.thoughts))), None)
@@ -2341,7 +2469,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def expect_next_turn(self, reply: Reply) -> None:
         ask, message = reply.ask, reply.choices[0].message()
-        script = Transcript(self.thoughts, ask.model, ask.turns)
+        script = Transcript(self.thoughts, ask.model, ask.properties, ask.turns)
         with contextlib.suppress(APIError):  # two calls of one id
             script.add(message, "answer")
             self.expect(ask, script.turns)

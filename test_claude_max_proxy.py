@@ -195,9 +195,9 @@ class StandIn:
             wish = {"json": json.dumps([w + " " for w in f"You said: {text}".split()])}
         if "show" in wish:
             wish["json"] = json.dumps([json.dumps(self.told)])
-        self.emit({"type": "system", "subtype": "init", "tools": []})
+        names = [tool["name"] for tool in self.tools if "dropped" not in str(tool)]
+        self.emit({"type": "system", "subtype": "init", "tools": names})
         misbehave(self, wish)
-        names = [tool["name"] for tool in self.tools]
         self.stream(wish, names)
         while "stop" in wish:  # as the real one: it goes on by itself
             self.stream({"say": "AFTER"}, names)
@@ -1680,7 +1680,7 @@ def test_a_tool_result_needs_content_and_a_call_does_not():
 
 
 def test_neighbours_are_joined_in_place():
-    script = proxy.Transcript({}, "sonnet")
+    script = proxy.Transcript({}, "sonnet", {})
     script.add(user("a"), "")
     blocks = script.turns[0]["content"]
     script.add(user("b"), "")
@@ -1885,11 +1885,9 @@ def test_failures_have_their_status(server, stream, api, ours):
         ("mock:retry=429", 429, "rate_limit_exceeded"),
         ("mock:exit=3", 502, "cli_died"),
         ("mock:exit=0", 502, "cli_died"),
-        ("mock:garbage", 502, None),
         ("mock:shape", 502, None),
         ("mock:empty", 502, None),
         ("mock:bytes=" + b'{"type":"stream_ev'.hex() + " mock:exit=0", 502, "cli_died"),
-        ("mock:bytes=" + b'{"type":"result","result":"\xff"}\n'.hex(), 502, None),
         ("mock:bytes=" + b'{"type":"control_request","request":[]}\n'.hex(), 502, None),
         ("mock:bytes=" + b'{"type":"rate_limit_event"}\n'.hex(), 502, None),
     ],
@@ -1943,8 +1941,10 @@ def test_a_silent_stream_is_kept_alive(server, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "wish", ["mock:line=5000000", "mock:stderr=2000000", "mock:halves"]
-)
+    "wish",
+    ["mock:line=5000000", "mock:stderr=2000000", "mock:halves", "mock:garbage",
+     "mock:bytes=" + b'{"type":"result","result":"\xff"}\n'.hex()],
+)  # fmt: skip
 def test_much_noise_is_no_fault(server, wish):
     assert server.chat(wish).content == "tok0 tok1 tok2 tok3 tok4 "
 
@@ -2371,7 +2371,11 @@ def test_schemas_are_made_acceptable():
         ({"items": [{"type": "any"}, True]}, {"prefixItems": [{}, {}]}),
         ({"minimum": 0, "exclusiveMinimum": True}, {"exclusiveMinimum": 0}),
         ({"maximum": 0, "exclusiveMaximum": False}, {"maximum": 0}),
-        ({"type": "file", "required": True}, {}),
+        ({"type": "file", "$id": "#x"}, {}),
+        ({"required": ["a", "a"], "type": ["null", "null"]}, {"required": ["a"], "type": ["null"]}),
+        ({"items": [], "anyOf": []}, {}),
+        ({"minimum": "0", "maxLength": "x"}, {"minimum": 0}),
+        ({"additionalProperties": "false"}, {"additionalProperties": False}),
         ({"type": ["string", "null"]}, {"type": ["string", "null"]}),
         ({"items": {"properties": {"a": True}}}, {"items": {"properties": {"a": {}}}}),
         ({"allOf": [{"type": "string"}]}, {"allOf": [{"type": "string"}]}),
@@ -2454,6 +2458,176 @@ def test_unknown_thinking_in_a_tool_loop_turns_it_off_where_it_must(model, think
     loop = [user("a"), calling(call()), tool_result()]
     assert ask_of(loop, model=model, tools=[tool()]).options.thinking is thinking
     assert ask_of([*loop, assistant("b"), user("c")], model=model).options.thinking
+
+
+def test_a_call_id_used_again_gets_a_fresh_one():
+    step = [calling(call(id="call_0")), tool_result(id="call_0")]
+    turns = ask_of([user("x"), *step, *step, *step], tools=[tool()]).turns
+    ids = [b["id"] for t in turns for b in t["content"] if b["type"] == "tool_use"]
+    results = [b["tool_use_id"] for t in turns for b in t["content"] if "tool_use_id" in b]
+    assert ids == results and len(set(ids)) == 3 and ids[0] == "call_0"
+
+
+ODD_PROPERTIES = ["$filter", "@type", "ids[]", "a b", "名前", "x" * 65, "plain"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_properties_that_the_cli_refuses_have_other_names(server, stream):
+    schema = {"properties": {name: {} for name in ODD_PROPERTIES}, "required": ["a b"]}
+    tools = [tool("look", parameters=schema)]
+    ask = ask_of(tools=tools)
+    ours = list(ask.setup.tools[0]["inputSchema"]["properties"])
+    assert all(re.fullmatch("[a-zA-Z0-9_.-]{1,64}", name) for name in ours)
+    assert ask.setup.tools[0]["inputSchema"]["required"] == [ours[3]]
+    value = json.dumps({name: 1 for name in ours}).replace(" ", "")
+    reply = server.chat(f"mock:tool=look mock:input={value}", tools=tools, stream=stream)
+    arguments = reply.message["tool_calls"][0]["function"]["arguments"]
+    assert list(json.loads(arguments)) == ODD_PROPERTIES
+    history = [user("x"), calling(call("look", arguments)), tool_result()]
+    use = ask_of(history, tools=tools).turns[1]["content"][0]
+    assert list(use["input"]) == ours
+
+
+def test_structured_properties_have_their_names(server):
+    schema = {"type": "object", "properties": {"a b": {"type": "integer"}}}
+    ours = proxy.api_property("a b")
+    reply = server.chat(f'mock:input={{"{ours}":1}}', response_format=json_schema(schema))
+    assert json.loads(reply.content) == {"a b": 1}
+
+
+def test_a_tool_that_the_cli_drops_is_a_400_that_names_it(server):
+    reply = server.chat("x", tools=[tool("odd.name", "dropped")], stream=True)
+    assert reply.status == 400 and "'odd.name'" in reply.error["message"]
+
+
+def test_a_property_of_several_branches_is_any_of_them():
+    branches = [{"properties": {"action": {"const": c}, "id": {"type": "string"}}}
+                for c in ("create", "delete")]  # fmt: skip
+    schema = proxy.object_schema({"oneOf": branches}, "x")["properties"]
+    assert schema["action"] == {"anyOf": [{"const": "create"}, {"const": "delete"}]}
+    assert schema["id"] == {"type": "string"}
+
+
+@pytest.mark.parametrize("name", ["Edit", "ExitPlanMode", "ToolSearch"])
+def test_names_that_mean_something_to_the_cli(name):
+    assert ask_of(tools=[tool(name)]).names[proxy.api_name(name)] == name
+    assert proxy.api_name(name) != name
+
+
+THINK, SAID = {"type": "thinking", "thinking": "A", "signature": "s"}, text_blocks("t")[0]
+
+
+def remembered(messages, blocks, model="claude-haiku-4-5", asked="claude-haiku-4-5"):
+    """The turn of an answer whose blocks are known, and whether thinking stays on."""
+    thoughts = {"call_1": proxy.Thought(model, "signer", blocks)}
+    body = {"model": asked, "messages": messages, "tools": [tool()]}
+    ask = proxy.parse_request(body, thoughts)
+    return ask.turns[1], ask.options.thinking
+
+
+USE = {"type": "tool_use", "id": "call_1", "name": "get_weather", "input": {}}
+
+
+@pytest.mark.parametrize(
+    "told, content, kinds",
+    [
+        ([THINK, SAID, THINK, USE], "t", ["thinking", "text", "thinking", "tool_use"]),
+        ([SAID, THINK, USE], "t", ["text", "thinking", "tool_use"]),
+        ([THINK, SAID, THINK, USE], "u", ["thinking", "thinking", "text", "tool_use"]),
+        ([THINK, USE], None, ["thinking", "tool_use"]),
+    ],
+)
+def test_blocks_go_back_in_their_own_order(told, content, kinds):
+    messages = [user("x"), calling(call(), content=content), tool_result()]
+    turn, thinking = remembered(messages, told)
+    assert [block["type"] for block in turn["content"]] == kinds
+    assert turn["model"] == "signer" and thinking is (kinds[0] == "thinking")
+
+
+def test_a_text_and_its_calls_in_two_messages_begin_with_the_thinking():
+    messages = [user("x"), assistant("t"), calling(call()), tool_result()]
+    turn, thinking = remembered(messages, [THINK, SAID, USE])
+    assert turn["content"][0] == THINK and len(turn["content"]) == 3 and thinking
+
+
+@pytest.mark.parametrize("asked", ["sonnet", "claude-haiku-4", "claude-haiku-4-5[1m]"])
+def test_a_thought_is_good_for_the_model_that_was_asked(asked):
+    messages = [user("x"), calling(call()), tool_result()]
+    turn, thinking = remembered(messages, [THINK, USE], asked=asked)
+    assert turn["content"][0]["type"] == "tool_use"
+    assert thinking is (asked == "sonnet")
+    turn, thinking = remembered(messages, [THINK, USE], proxy.cli_model(asked), asked)
+    assert turn["content"][0] == THINK and thinking
+
+
+def test_thinking_stays_off_while_the_last_turn_holds_a_result():
+    loop = [user("x"), calling(call()), tool_result(), user("and?")]
+    for messages, thinking in ((loop, False), ([*loop, assistant("a"), user("b")], True)):
+        ask = ask_of(messages, model="claude-haiku-4-5", tools=[tool()])
+        assert ask.options.thinking is thinking
+
+
+@pytest.mark.parametrize("model, tokens, thinking", [
+    ("claude-haiku-4-5", 3000, False), ("claude-haiku-4-5", 5000, True),
+    ("claude-sonnet-4-5[1m]", 3000, False), ("opus", 3000, True),
+])  # fmt: skip
+def test_a_thought_leaves_room_for_the_answer(model, tokens, thinking):
+    assert ask_of(model=model, max_tokens=tokens).options.thinking is thinking
+
+
+def answer_to(*lines, **parameters):
+    """These lines of a CLI through Answer -> the deltas."""
+    answer = proxy.Answer(ask_of(**parameters))
+    return [delta for line in lines for delta in answer.feed(line)]
+
+
+def test_a_second_structured_output_is_never_told():
+    wish = {"tool": "StructuredOutput,StructuredOutput", "notext": "", "input": '{"a":1}'}
+    lines = [{"type": "stream_event", "event": event} for event in events(wish)]
+    deltas = answer_to(*lines, response_format=json_schema())
+    assert "".join(delta.get("content", "") for delta in deltas) == '{"a":1}'
+
+
+def test_a_failure_of_the_clis_own_is_no_answer():
+    """As 2.1.112 refuses an image: status 200, to the look of its lines."""
+    said = {"model": "<synthetic>", "stop_reason": "stop_sequence"}
+    said["content"] = text_blocks("Image base64 size exceeds API limit")
+    result = {"type": "result", "is_error": False, "result": ""}
+    with pytest.raises(proxy.APIError) as caught:
+        answer_to({"type": "assistant", "message": said}, result)
+    assert caught.value.status == 400 and "Image base64" in str(caught.value)
+
+
+def test_a_403_of_the_login_is_a_401():
+    error = proxy.failure(403, (None, "authentication_failed"), "x", 0)
+    assert error.status == 401 and error.body["error"]["code"] == "not_logged_in"
+
+
+def test_the_cure_of_a_refused_token(tmp_path):
+    env = {"STAND_IN_LOGIN": "no", "CLAUDE_CODE_OAUTH_TOKEN": "x"}
+    done = command("--check", "--claude", stand_in_path(), **env)
+    assert "claude setup-token" in done.stdout
+
+
+def test_repeated_arguments_may_hold_any_character():
+    whole = {"type": "tool_use", "id": "t", "name": "get_weather", "input": {"c": "Zürich"}}
+    lines = [{"type": "stream_event", "event": event}
+             for event in events({"tool": "get_weather", "notext": "", "input": '{"c": "Zü'})]
+    usage = {"output_tokens": 1}
+    message = {"model": "m", "usage": usage, "content": [whole], "stop_reason": "tool_use"}
+    deltas = answer_to(*lines[:-3], {"type": "assistant", "message": message}, tools=[tool()])
+    calls = [d["tool_calls"][0]["function"]["arguments"] for d in deltas if "tool_calls" in d]
+    assert "".join(calls) == '{"c": "Zürich"}'
+
+
+@pytest.mark.parametrize("kinds, marked", [
+    (["text", "image"], 0), (["image", "text"], 1), (["image"], 0), (["text", "text"], 1),
+])  # fmt: skip
+def test_the_cache_mark_is_on_no_image(kinds, marked):
+    content = [{"type": kind, "text": "x"} for kind in kinds]
+    line = proxy.query_line({"role": "user", "content": content}, (2, 1, 330))
+    marks = ["cache_control" in block for block in line["message"]["content"]]
+    assert marks.index(True) == marked and marks.count(True) == 1
 
 
 def test_thoughts_are_bounded(make, monkeypatch):
@@ -2581,7 +2755,8 @@ def test_structured_output_is_forced(server):
 
 def test_structured_output_with_tools(server):
     both = {"tools": [tool()], "response_format": json_schema()}
-    assert json.loads(ask_of(**both).options.tool_choice) == {"type": "any"}
+    any_one = {"type": "any", "disable_parallel_tool_use": True}
+    assert json.loads(ask_of(**both).options.tool_choice) == any_one
     forced = ask_of(**both, tool_choice="required")
     assert not forced.structured and len(forced.setup.tools) == 1
     reply = server.chat("mock:tool=get_weather mock:notext", **both)
@@ -3774,7 +3949,7 @@ def test_mutated_transcripts_are_an_answer_or_an_error():
 def told_by(raws, answer, reply):
     """The status of an answer made of these lines; its chunks and whole are sound."""
     try:
-        for line in map(proxy.parse_line, filter(proxy.matters, raws)):
+        for line in filter(None, map(proxy.parse_line, filter(proxy.matters, raws))):
             deltas = [reply.add(0, delta) for delta in answer.feed(line)]
             if answer.finish_reason:
                 deltas.append(reply.add(0, {}, answer.finish_reason))
@@ -3938,7 +4113,6 @@ def idle(pid, port):
     "wish",
     [
         "exit=1",
-        "garbage",
         "status=500",
         "shape",
         "retry=401",
@@ -4441,7 +4615,8 @@ def test_real_tools_are_all_there(real):
     ]
     tools[0]["function"]["parameters"] = {"anyOf": [{"properties": {"q": True}}]}
     tools[1]["function"]["parameters"] = {"properties": {"q": True}}
-    real.chat("Hello!", tools=tools)
+    reply = real.chat("Hello!", tools=tools)
+    assert reply.status == 200, reply.text
     body = sent(real)
     assert {t["name"] for t in body["tools"]} == {
         proxy.api_name(t["function"]["name"]) for t in tools
@@ -4453,6 +4628,66 @@ def test_real_tools_are_all_there(real):
     )
     texts = [b["text"] for b in api_blocks(body["messages"][0]) if b["type"] == "text"]
     assert not any("Attribution" in text or "agent types" in text for text in texts)
+
+
+ODD_SCHEMAS = [
+    {"properties": {name: {"type": "string"} for name in ODD_PROPERTIES}},
+    {"properties": {"a": {"type": "array", "items": []}}},
+    {"properties": {"a": {}}, "required": ["a", "a"]},
+    {"properties": {"a": {"type": ["string", "string"]}}},
+    {"properties": {"a": {"type": "integer", "minimum": "0"}}},
+    {"properties": {"a": {"anyOf": []}}},
+    {"properties": {}, "additionalProperties": "false"},
+    {"properties": {"a": {"$id": "#x"}}, "$id": "#x"},
+    {"oneOf": [{"properties": {"a": {"const": c}}} for c in "xy"]},
+]
+
+
+@pytest.mark.parametrize("structured", [False, True])
+def test_real_odd_schemas_are_all_there(real, structured):
+    tools = [tool(f"t{i}", parameters=schema) for i, schema in enumerate(ODD_SCHEMAS)]
+    more = {"response_format": json_schema(ODD_SCHEMAS[0])} if structured else {}
+    reply = real.chat("x", tools=tools, **more)
+    assert reply.status == 200, reply.text
+    until(real.quiet)
+    assert len(sent(real)["tools"]) == len(tools) + structured
+
+
+def test_a_real_tool_that_is_dropped_is_a_400(real, monkeypatch):
+    monkeypatch.setattr(proxy, "rename_properties", lambda schema: {})
+    odd = tool("odd", parameters={"properties": {"$filter": {}}})
+    reply = real.chat("x", tools=[tool(), odd])
+    assert reply.status == 200 or "'odd'" in reply.error["message"]
+    version = real.server.installation.program().version
+    assert reply.status == (400 if version >= (2, 1, 330) else 200)
+    until(real.quiet)
+    del real.api.log[:]
+
+
+def test_a_real_conversation_with_one_id_for_all_calls(real):
+    step = [calling(call(id="call_0")), tool_result(id="call_0")]
+    history = [user("x"), *step, *step, *step]
+    assert real.chat(history, tools=[tool()]).status == 200
+    assert client_turns(sent(real)) == wanted_turns(history, tools=[tool()])
+
+
+def test_a_real_picture_keeps_the_cache_mark(real):
+    shown = [*text_blocks("look"), image(data_url("image/png"))]
+    assert real.chat([user(shown)]).status == 200
+    blocks = api_blocks(client_user(sent(real)))
+    assert [b for b in blocks if b.get("text") == "look"][0]["cache_control"]
+
+
+def client_user(body):
+    return [message for message in body["messages"] if message["role"] == "user"][-1]
+
+
+def test_a_real_budget_loop_with_a_text_behind_the_result(real):
+    loop = [user("x"), calling(call()), tool_result(), user("and?")]
+    for history in (loop, [*loop, assistant("a"), user("b")]):
+        reply = real.chat(history, model="claude-haiku-4-5", tools=[tool()])
+        assert reply.status == 200, reply.text
+        sent(real)
 
 
 def test_real_tool_choice(real):
@@ -4494,7 +4729,8 @@ def test_real_structured_output(real):
     both = {"tools": [tool()], "response_format": json_schema()}
     assert real.chat("mock:tool=get_weather mock:notext", **both).finish == "tool_calls"
     until(real.quiet)
-    assert sent(real)["tool_choice"] == {"type": "any"}
+    any_one = {"type": "any", "disable_parallel_tool_use": True}
+    assert sent(real)["tool_choice"] == any_one
 
 
 def test_real_media(real):
