@@ -660,10 +660,8 @@ def union(branches: List[Json]) -> Json:
     for branch in branches:
         for name, schema in branch.get("properties", {}).items():
             found.setdefault(name, {})[json.dumps(schema)] = schema
-    return {
-        name: {"anyOf": list(kinds.values())} if len(kinds) > 1 else [*kinds.values()][0]
-        for name, kinds in found.items()
-    }
+    lists = {name: list(kinds.values()) for name, kinds in found.items()}
+    return {k: {"anyOf": v} if len(v) > 1 else v[0] for k, v in lists.items()}
 
 
 COMBINATORS = ("anyOf", "oneOf", "allOf")
@@ -671,24 +669,15 @@ NUMERIC = re.compile("m(in|ax)imum|exclusiveM(in|ax)imum|multipleOf|m(in|ax)[A-Z
 JSON_TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 
 
-def modern(schema: Any, where: str) -> Json:
-    """A schema of any draft as one of JSON Schema 2020-12, all through: for one that is
-    not, the CLI drops the tool. Raises APIError 400 where it means nothing."""
-    if isinstance(schema, bool):
-        return {} if schema else {"not": {}}
-    schema = {k: v for k, v in check(schema, (dict,), where).items() if v is not None}
+def mend(schema: Json) -> None:
+    """Take out, or put right, what has no meaning in 2020-12."""
     schema.pop("$id", None)  # nobody refers to it, and "#x" is none
     kind = schema.get("type", [])
     if any(k not in JSON_TYPES for k in (kind if isinstance(kind, list) else [kind])):
         del schema["type"]  # "any", "file": no JSON type
-    for name in may(schema, "required", (list,), where) or []:
-        check(name, (str,), where + ".required")
     for key in ("required", "type"):
         if isinstance(schema.get(key), list):
             schema[key] = list(dict.fromkeys(schema[key]))  # each once
-    for key, end in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
-        if type(schema.get(key)) is bool and schema.pop(key) and end in schema:
-            schema[key] = schema.pop(end)  # draft 4
     for key in filter(NUMERIC.fullmatch, list(schema)):
         if isinstance(schema[key], str):  # "0" for 0
             with contextlib.suppress(ValueError):
@@ -698,8 +687,22 @@ def modern(schema: Any, where: str) -> Json:
     if schema.get("additionalProperties") in ("true", "false"):
         schema["additionalProperties"] = schema["additionalProperties"] == "true"
     for key in (*COMBINATORS, "items", "prefixItems"):
-        if schema.get(key) == []:  # says nothing, and is none of 2020-12
+        if schema.get(key) == []:
             del schema[key]
+
+
+def modern(schema: Any, where: str) -> Json:
+    """A schema of any draft as one of JSON Schema 2020-12, all through: for one that is
+    not, the CLI drops the tool. Raises APIError 400 where it means nothing."""
+    if isinstance(schema, bool):
+        return {} if schema else {"not": {}}
+    schema = {k: v for k, v in check(schema, (dict,), where).items() if v is not None}
+    for name in may(schema, "required", (list,), where) or []:
+        check(name, (str,), where + ".required")
+    for key, end in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
+        if type(schema.get(key)) is bool and schema.pop(key) and end in schema:
+            schema[key] = schema.pop(end)  # draft 4
+    mend(schema)
     if type(schema.get("items")) is list:  # draft 7
         schema["prefixItems"] = schema.pop("items")
         if "additionalItems" in schema:
