@@ -956,6 +956,21 @@ def until(condition, seconds=30.0):
     raise AssertionError(f"not within {seconds} s: {condition}")
 
 
+def fold(choice, piece):
+    """Add a chunk's choice to a completion's, as a client would."""
+    message = choice["message"]
+    choice.update(index=piece["index"], finish_reason=piece["finish_reason"])
+    for key, new in piece["delta"].items():
+        if key != "tool_calls":
+            message[key] = (message.get(key) or "") + new
+            continue
+        for call in new:
+            calls, function = message.setdefault(key, []), call["function"]
+            if call["index"] == len(calls):
+                calls.append({**call, "function": {**function, "arguments": ""}})
+            calls[call["index"]]["function"]["arguments"] += function["arguments"]
+
+
 class Result:
     """A response: status, headers, json, and for a stream its chunks."""
 
@@ -981,12 +996,13 @@ class Result:
         """The completion; of a stream, what its chunks fold into."""
         if self.json:
             return self.json
-        reply = proxy.Reply(proxy.Ask("", "", None, None, []), "", 0)
+        choices, usage = {}, None
         for chunk in self.chunks:
-            reply.usage = chunk.get("usage")
-            for choice in chunk["choices"]:
-                reply.add(choice["index"], choice["delta"], choice["finish_reason"])
-        return reply.completion()
+            usage = chunk.get("usage")
+            for piece in chunk["choices"]:
+                fold(choices.setdefault(piece["index"], {"message": {}}), piece)
+        choices = [choices[index] for index in sorted(choices)]
+        return {**self.chunks[0], "choices": choices, "usage": usage}
 
     @property
     def message(self):
@@ -1023,12 +1039,12 @@ class Proxy:
         settings = {"port": 0, "claude": stand_in_path(), "spares": 0, **settings}
         self.server = proxy.Server(proxy.Settings(**settings))
         self.port = self.server.server_port
-        self.thread = threading.Thread(target=self.server.serve)
+        self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
 
     def close(self):
-        self.server.stopping = True
-        self.server.wake()
+        self.server.backend.stopping = True
+        self.server.backend.keeper.wake()
         self.thread.join()
         self.server.drain()
 
@@ -1068,9 +1084,9 @@ class Proxy:
             return b"".join(iter(lambda: connection.recv(65536), b""))
 
     def quiet(self):
-        server, keeper = self.server, self.server.keeper
-        server.wake()
-        return not (server.busy or server.gate.active or keeper.live or keeper.dying)
+        server, keeper = self.server, self.server.backend.keeper
+        keeper.wake()
+        return not (server.busy or server.backend.gate.active or keeper.live or keeper.dying)
 
 
 @pytest.fixture(scope="module")
@@ -1149,7 +1165,7 @@ def system(text):
 
 def ask_of(messages="hi", **parameters):
     messages = [user(messages)] if isinstance(messages, str) else messages
-    return proxy.parse_request(
+    return proxy.parse_chat(
         {"model": "sonnet", "messages": messages, **parameters}, {}
     )
 
@@ -1185,7 +1201,9 @@ def test_completion(server):
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
     assert body["choices"] == [choice]
     usage = {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12}
-    assert body["usage"] == {**usage, "prompt_tokens_details": {"cached_tokens": 0}}
+    usage["prompt_tokens_details"] = {"cached_tokens": 0}
+    usage["completion_tokens_details"] = {"reasoning_tokens": 0}
+    assert body["usage"] == usage
 
 
 def test_stream(server):
@@ -1397,7 +1415,7 @@ def test_required_parameters(name):
     body = {"model": "sonnet", "messages": [user("x")]}
     del body[name]
     with pytest.raises(proxy.APIError, match=f"Missing.*'{name}'"):
-        proxy.parse_request(body, {})
+        proxy.parse_chat(body, {})
 
 
 @pytest.mark.parametrize(
@@ -1527,7 +1545,7 @@ def test_wrong_types_are_refused_at_every_place(path):
         body = json.loads(json.dumps(WHOLE))
         at(body, path[:-1])[path[-1]] = sample
         with pytest.raises(proxy.APIError) as caught:
-            proxy.parse_request(body, {})
+            proxy.parse_chat(body, {})
         error = caught.value.body["error"]
         assert caught.value.status == 400
         assert error["param"].split(".")[0].split("[")[0] in (path[0], "tool_choice")
@@ -1680,10 +1698,10 @@ def test_a_tool_result_needs_content_and_a_call_does_not():
 
 
 def test_neighbours_are_joined_in_place():
-    script = proxy.Transcript({}, "sonnet", {})
-    script.add(user("a"), "")
+    script = proxy.Transcript()
+    script.add_message(user("a"), "")
     blocks = script.turns[0]["content"]
-    script.add(user("b"), "")
+    script.add_message(user("b"), "")
     assert script.turns[0]["content"] is blocks and blocks == text_blocks("a", "b")
 
 
@@ -1725,7 +1743,7 @@ def test_nothing_of_a_request_is_in_argv(server):
 
 def test_the_environment_is_closed(make, monkeypatch):
     own = "CLAUDE_MAX_PROXY_API_KEY"
-    for name in (own, *proxy.WITHHELD, *proxy.OPTION_VARIABLES):
+    for name in (own, *proxy.WITHHELD):
         monkeypatch.setenv(name, "LEAK")
     monkeypatch.setenv("CLAUDE_CODE_OAUTH_TOKEN", "kept")
     told = make().told("x")
@@ -1844,11 +1862,13 @@ def test_usage_counts_what_was_cached():
     usage.update(
         cache_creation_input_tokens=300, output_tokens_details={"thinking_tokens": 4}
     )
-    answer = proxy.Answer(ask_of())
+    reply = proxy.Reply(ask_of(n=2), "id", 0)
+    answer = reply.answers[0]
+    reply.answers[1].count({"input_tokens": 0})
     answer.count({"output_tokens": 1})
     answer.count({**usage, "input_tokens": 1001})
     answer.count({"output_tokens": None})
-    assert proxy.openai_usage([answer.usage, {"input_tokens": 0}]) == {
+    assert reply.usage() == {
         "prompt_tokens": 1321,
         "completion_tokens": 5,
         "total_tokens": 1326,
@@ -1969,7 +1989,7 @@ def test_a_client_that_leaves_ends_its_cli(server, stream, wish, early, monkeypa
     monkeypatch.setattr(proxy, "TICK_SECONDS", 60)  # so that no tick can notice it
     connection = send_request(server.port, wish, stream)
     connection.sendall(early)
-    claude = until(lambda: [c for c in server.server.keeper.live if c.process.pid])[0]
+    claude = until(lambda: [c for c in server.server.backend.keeper.live if c.process.pid])[0]
     until(lambda: not claude.todo and not claude.outbox)
     connection.close()
     until(lambda: claude.process.poll() is not None, 5)
@@ -1991,7 +2011,7 @@ def test_a_client_that_says_no_more_and_leaves_later(server, stream, wish):
     connection = send_request(server.port, wish, stream)
     connection.shutdown(socket.SHUT_WR)
     connection.recv(9)  # it has been asked whether it is there
-    claude = until(lambda: list(server.server.keeper.live))[0]
+    claude = until(lambda: list(server.server.backend.keeper.live))[0]
     assert claude.process.poll() is None
     connection.close()
     until(lambda: claude.process.poll() is not None, 5)
@@ -2069,13 +2089,13 @@ def gone(pid):
 def test_requests_wait_in_order_when_all_places_are_taken(make):
     one = make(max_concurrency=1)
     first = send_request(one.port, "mock:gap_ms=60000", False)
-    until(lambda: one.server.gate.active == 1)
+    until(lambda: one.server.backend.gate.active == 1)
     second = send_request(one.port, "second", False)
-    until(lambda: len(one.server.gate.queue) == 1)
+    until(lambda: len(one.server.backend.gate.queue) == 1)
     third = send_request(one.port, "third", False)
-    until(lambda: len(one.server.gate.queue) == 2)
+    until(lambda: len(one.server.backend.gate.queue) == 2)
     second.close()  # gives up its place
-    until(lambda: len(one.server.gate.queue) == 1)
+    until(lambda: len(one.server.backend.gate.queue) == 1)
     first.close()
     with third:
         response = http.client.HTTPResponse(third)
@@ -2490,7 +2510,7 @@ def test_properties_that_the_cli_refuses_have_other_names(server, stream):
 
 def test_structured_properties_have_their_names(server):
     schema = {"type": "object", "properties": {"a b": {"type": "integer"}}}
-    ours = proxy.api_property("a b")
+    ours = proxy.api_name("a b", proxy.API_PROPERTY)
     reply = server.chat(f'mock:input={{"{ours}":1}}', response_format=json_schema(schema))
     assert json.loads(reply.content) == {"a b": 1}
 
@@ -2521,7 +2541,7 @@ def remembered(messages, blocks, model="claude-haiku-4-5", asked="claude-haiku-4
     """The turn of an answer whose blocks are known, and whether thinking stays on."""
     thoughts = {"call_1": proxy.Thought(model, "signer", blocks)}
     body = {"model": asked, "messages": messages, "tools": [tool()]}
-    ask = proxy.parse_request(body, thoughts)
+    ask = proxy.parse_chat(body, thoughts)
     return ask.turns[1], ask.options.thinking
 
 
@@ -2578,7 +2598,7 @@ def test_a_thought_leaves_room_for_the_answer(model, tokens, thinking):
 def answer_to(*lines, **parameters):
     """These lines of a CLI through Answer -> the deltas."""
     answer = proxy.Answer(ask_of(**parameters))
-    return [delta for line in lines for delta in answer.feed(line)]
+    return [piece["delta"] for line in lines for piece in answer.feed(line)]
 
 
 def test_a_second_structured_output_is_never_told():
@@ -2599,7 +2619,7 @@ def test_a_failure_of_the_clis_own_is_no_answer():
 
 
 def test_a_403_of_the_login_is_a_401():
-    error = proxy.failure(403, (None, "authentication_failed"), "x", 0)
+    error = proxy.failure(403, None, "authentication_failed", "x", 0)
     assert error.status == 401 and error.body["error"]["code"] == "not_logged_in"
 
 
@@ -2635,7 +2655,7 @@ def test_thoughts_are_bounded(make, monkeypatch):
     one = make()
     for _ in range(4):
         one.chat("mock:think=1 mock:tool=get_weather", tools=[tool()])
-    assert len(one.server.thoughts) == 2
+    assert len(one.server.backend.thoughts) == 2
 
 
 # ── Images and files ───────────────────────────────────────────────────────────────
@@ -2856,7 +2876,7 @@ def sparing(make):
 
 def settling(one):
     """A server whose spares are as it wants them between requests."""
-    one.keeper = one.server.keeper
+    one.keeper = one.server.backend.keeper
 
     ticks, tick = [], one.keeper.tick
     one.keeper.tick = lambda: ticks.append(tick())
@@ -2865,7 +2885,7 @@ def settling(one):
         until(one.quiet)
         for _ in range(2):  # the first one may have begun before
             count = len(ticks)
-            until(lambda: one.server.wake() or len(ticks) > count)
+            until(lambda: one.server.backend.keeper.wake() or len(ticks) > count)
         until(lambda: one.quiet() and not unsettled(one.keeper))
 
     one.settle = settle
@@ -3055,7 +3075,7 @@ def test_of_equal_spares_the_older_one_is_up(sparing):
     sparing.settle()
     births = [claude.born for claude in sparing.keeper.spares]
     wanted = proxy.Conversation("sonnet")
-    claude = sparing.keeper.take(wanted, sparing.server.installation.program())
+    claude = sparing.keeper.take(wanted, sparing.server.backend.installation.program())
     assert claude.born == min(births) < max(births)
     sparing.keeper.retire(claude)
 
@@ -3089,7 +3109,7 @@ def test_an_old_spare_is_renewed(sparing, monkeypatch):
     monkeypatch.setattr(proxy, "STARTED_SECONDS", 0.3)
     monkeypatch.setattr(proxy, "SPARE_SECONDS", 0.6)
     counts = []
-    until(lambda: counts.append(len(sparing.keeper.spares)) or sparing.server.wake()
+    until(lambda: counts.append(len(sparing.keeper.spares)) or sparing.server.backend.keeper.wake()
           or not before & {c.process.pid for c in sparing.keeper.spares})  # fmt: skip
     assert min(counts) >= 1 and max(counts) == 2  # one after the other
     assert spares_of(sparing) == [BLANK, BLANK]
@@ -3100,17 +3120,17 @@ def test_a_server_that_nobody_asks_holds_no_spares(sparing, monkeypatch):
     sparing.settle()
     for name in ("STARTED_SECONDS", "SPARE_SECONDS", "REST_SECONDS"):
         monkeypatch.setattr(proxy, name, 0)
-    until(lambda: sparing.server.wake() or not sparing.keeper.spares)
+    until(lambda: sparing.server.backend.keeper.wake() or not sparing.keeper.spares)
     assert spares_of(sparing) == []
     assert sparing.chat("b").status == 200
 
 
 def test_spares_of_a_replaced_cli_end(sparing):
     sparing.chat("a")
-    before, installation = pids_of(sparing), sparing.server.installation
+    before, installation = pids_of(sparing), sparing.server.backend.installation
     assert len(before) == 2
     installation.found = installation.found._replace(stamp=("old",))
-    sparing.server.wake()
+    sparing.server.backend.keeper.wake()
     until(lambda: not sparing.keeper.spares)
     assert sparing.chat("b").status == 200
     assert len(pids_of(sparing)) == 2
@@ -3119,7 +3139,7 @@ def test_spares_of_a_replaced_cli_end(sparing):
 def test_a_spare_is_taken_once(sparing):
     sparing.chat("a")
     sparing.settle()
-    program, taken = sparing.server.installation.program(), []
+    program, taken = sparing.server.backend.installation.program(), []
     wanted = proxy.Conversation("sonnet")
 
     def take():
@@ -3181,7 +3201,7 @@ def test_a_cleaned_temporary_directory_is_made_anew(sparing):
 def test_temporary_files_of_a_cli_go_with_it(server):
     told = server.told([])
     until(server.quiet)
-    home = server.server.keeper.home
+    home = server.server.backend.keeper.home
     assert os.path.dirname(told["env"]["CLAUDE_CODE_TMPDIR"]) == home
     assert os.listdir(home) == [proxy.CWD]
 
@@ -3684,7 +3704,7 @@ def test_stopping_ends_an_answer_in_flight(make, monkeypatch):
         while not rest.endswith(b"0\r\n\r\n"):
             rest += connection.recv(65536)
         assert b'"code": "stopping"' in rest and b"[DONE]" not in rest
-        assert gone(child) and one.quiet() and not one.server.keeper.spares
+        assert gone(child) and one.quiet() and not one.server.backend.keeper.spares
 
 
 STATES = {  # (the last text, what comes before it) of each request
@@ -3741,7 +3761,7 @@ def test_an_answer_cut_short_by_stopping_is_503(make, monkeypatch, wish):
     one, replies = make(), []
     thread = threading.Thread(target=lambda: replies.append(one.chat(wish)))
     thread.start()
-    until(lambda: one.server.keeper.live)
+    until(lambda: one.server.backend.keeper.live)
     one.close()
     one.close = lambda: None
     thread.join()
@@ -3863,10 +3883,7 @@ def test_mutated_requests_are_understood_or_refused():
         raw = json.dumps(body).encode()
         try:
             value = proxy.parse_json(gnawed(raw, rng) if seed % 5 == 0 else raw)
-        except ValueError:  # read_json() makes it a 400
-            continue
-        try:
-            ask = proxy.parse_request(value, {})
+            ask = proxy.parse_chat(value, {})
         except proxy.APIError as error:
             assert error.status in (400, 404), seed
             outcomes.add(error.status)
@@ -3942,27 +3959,20 @@ def test_mutated_transcripts_are_an_answer_or_an_error():
         if seed % 5 == 0 and raws:
             raws.append(gnawed(raws.pop(), rng))
         ask = ask_of(stop=["tok2"], stream=True)._replace(structured=seed % 3 == 0)
-        outcomes.add(told_by(raws, proxy.Answer(ask), proxy.Reply(ask, "id", 1)))
+        outcomes.add(told_by(raws, proxy.Reply(ask, "id", 1)))
     assert outcomes == {200, 502, 503}
 
 
-def told_by(raws, answer, reply):
+def told_by(raws, reply):
     """The status of an answer made of these lines; its chunks and whole are sound."""
     try:
-        for line in filter(None, map(proxy.parse_line, filter(proxy.matters, raws))):
-            deltas = [reply.add(0, delta) for delta in answer.feed(line)]
-            if answer.finish_reason:
-                deltas.append(reply.add(0, {}, answer.finish_reason))
-            for _, delta, reason in deltas:
-                (choice,) = json.loads(reply.chunk((0, delta, reason)))["choices"]
-                texts = [
-                    choice["delta"].get(key) for key in ("content", "reasoning_content")
-                ]
+        for line in proxy.parse_lines(raws):
+            for delta in reply.answers[0].feed(line):
+                (choice,) = json.loads(reply.event(delta)[6:])["choices"]
+                texts = [choice["delta"].get(k) for k in ("content", "reasoning_content")]
                 assert all(text is None or isinstance(text, str) for text in texts)
-            if answer.finish_reason:
-                reply.usage = proxy.openai_usage([answer.usage])
-                json.dumps(reply.completion(), allow_nan=False)
-                break
+        if reply.is_complete:
+            json.dumps(reply.completion(), allow_nan=False)
         return 200
     except proxy.APIError as error:
         return error.status
@@ -4137,14 +4147,14 @@ def test_errors_and_log_hold_no_secret(make, logged, wish, stream, monkeypatch):
 
 
 def test_a_bug_of_ours_in_a_stream_ends_it(server, monkeypatch):
-    monkeypatch.setattr(server.server, "learn", lambda answers: {}["SECRET"])
+    monkeypatch.setattr(server.server.backend, "learn", lambda answers: {}["SECRET"])
     with send_request(server.port, "x", True) as connection:
         seen = b"".join(iter(lambda: connection.recv(65536), b""))
     assert seen.count(b"HTTP/1.1") == 1 and b"[DONE]" not in seen
 
 
 def test_a_bug_of_ours_behind_an_answer_is_not_told(server, monkeypatch):
-    monkeypatch.setattr(server.server, "expect_next_turn", lambda reply: {}["SECRET"])
+    monkeypatch.setattr(server.server.backend, "expect_next_turn", lambda reply: {}["SECRET"])
     before = [user("a"), assistant("b")]
     with send_request(server.port, "x", False, before) as connection:
         seen = b"".join(iter(lambda: connection.recv(65536), b""))
@@ -4152,7 +4162,7 @@ def test_a_bug_of_ours_behind_an_answer_is_not_told(server, monkeypatch):
 
 
 def test_a_bug_of_ours_is_a_500_without_details(server, logged, monkeypatch):
-    monkeypatch.setattr(proxy, "parse_request", lambda body, thoughts: {}["SECRET"])
+    monkeypatch.setattr(proxy, "parse_chat", lambda body, thoughts: {}["SECRET"])
     reply = server.chat("SECRET")
     assert reply.status == 500 and reply.error["type"] == "api_error"
     assert (
@@ -4448,7 +4458,7 @@ def test_conversations_reach_the_api(real, name):
     assert reply.content == "tok0 tok1 tok2 tok3 tok4 "
     body = sent(real)
     raw = json.dumps({"model": "opus", "messages": messages}).encode()
-    ask = proxy.parse_request(proxy.parse_json(raw), {})
+    ask = proxy.parse_chat(proxy.parse_json(raw), {})
     wanted = []
     for turn in ask.turns:
         texts = "".join(block["text"] for block in turn["content"])
@@ -4577,7 +4587,7 @@ def test_a_real_spare_asks_as_a_cold_process_does(real, make, name, model):
     """Blank, then initialized, then primed while the answer before came, with late
     model and options: the bodies of cold processes."""
     one = settling(make(claude=real.server.settings.claude, spares=2))
-    one.keeper.home = real.server.keeper.directory()  # its name stands in the bodies
+    one.keeper.home = real.server.backend.keeper.directory()  # its name stands in the bodies
     first = [system("s"), user("/how are you doing today? mock:tokens=2")]
     plain = {"tools": [tool()]} if "tool" in name else {}
     cold, warm = [], []
@@ -4658,7 +4668,7 @@ def test_a_real_tool_that_is_dropped_is_a_400(real, monkeypatch):
     odd = tool("odd", parameters={"properties": {"$filter": {}}})
     reply = real.chat("x", tools=[tool(), odd])
     assert reply.status == 200 or "'odd'" in reply.error["message"]
-    version = real.server.installation.program().version
+    version = real.server.backend.installation.program().version
     assert reply.status == (400 if version >= (2, 1, 330) else 200)
     until(real.quiet)
     del real.api.log[:]
