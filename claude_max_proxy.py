@@ -91,6 +91,7 @@ SPARE_SECONDS = 600  # after which an unused spare is replaced
 STARTED_SECONDS = 3  # after which a CLI is up, on a slow machine, too
 PAUSE_SECONDS = 60  # without a request, after which a conversation gives up its spare
 REST_SECONDS = 3600  # without any request, after which spares are not replaced
+LIMIT_SECONDS = 60  # until a limit ends, above which it is the plan's
 LOGIN_SECONDS = 5  # from one look for a login to the next
 REFUSED_SECONDS = 60  # to report "not logged in" after a 401 without asking the CLI
 PROBE_SECONDS = 20  # for `claude --version` and `claude auth status`
@@ -101,7 +102,7 @@ MAX_TOKENS = 10**9  # the CLI lowers it to what the model can do
 MIN_THINKING_TOKENS = 2048  # a smaller max_tokens leaves no room for a thought
 MIN_BUDGET_TOKENS = 4096  # the same for BUDGET_MODEL, whose thoughts take all but one
 MAX_DESCRIPTION = 2048  # characters; older CLIs cut a tool's description there
-MAX_THOUGHTS = 1000  # answers whose signed thinking is kept
+MAX_THOUGHTS = 1000  # answers whose signed thinking, or whose text, is kept
 OLDEST_PYTHON = (3, 9)
 OLDEST_CLI = (2, 1, 112)  # takes shouldQuery and a late system prompt (measured)
 UNTYPED_TEXT_CLI = (2, 1, 330)  # honours text_not_typed (measured; 2.1.197 does not)
@@ -120,7 +121,7 @@ TYPES = {  # the error type for a code, else for a status, else invalid_request_
     502: "api_error",
     503: "service_unavailable",
     504: "timeout_error",
-    "overloaded": "overloaded_error",
+    "server_is_overloaded": "overloaded_error",
     "insufficient_quota": "insufficient_quota",
 }
 
@@ -162,9 +163,9 @@ FAILURES: Dict[Any, Tuple[int, Optional[str]]] = {
     413: (413, "request_too_large"),
     429: (429, "rate_limit_exceeded"),
     500: (502, "upstream_error"),
-    503: (503, "overloaded"),
+    503: (503, "server_is_overloaded"),
     504: (504, "upstream_timeout"),
-    529: (503, "overloaded"),
+    529: (503, "server_is_overloaded"),
     "prompt_too_long": (400, "context_length_exceeded"),
     "blocking_limit": (400, "context_length_exceeded"),
     "authentication_failed": (401, "not_logged_in"),
@@ -172,7 +173,7 @@ FAILURES: Dict[Any, Tuple[int, Optional[str]]] = {
     "invalid_request": (400, None),
     "model_not_found": (404, "model_not_found"),
     "rate_limit": (429, "rate_limit_exceeded"),
-    "overloaded": (503, "overloaded"),
+    "overloaded": (503, "server_is_overloaded"),
 }
 
 
@@ -345,6 +346,7 @@ class Parameter(NamedTuple):
     use: str
     why: str
     harmless: Tuple[Any, ...] = ()
+    code: str = "unsupported_parameter"
 
 
 NO_KNOB = "Claude Code has no such knob"
@@ -379,6 +381,44 @@ PARAMETERS = {
     "function_call": Parameter((str, dict), REFUSED, "use tool_choice", ("none",)),
     "web_search_options": Parameter((dict,), REFUSED, "there is no web search here"),
 }
+RESPONSE_PARAMETERS = {
+    **{
+        name: PARAMETERS[name]
+        for name in "model stream tools tool_choice parallel_tool_calls temperature "
+        "top_p user metadata store top_logprobs".split()
+    },
+    "input": Parameter((str, list), HONOURED, "a text, or items turn for turn"),
+    "instructions": Parameter((str,), HONOURED, "the first system text"),
+    "text": Parameter((dict,), HONOURED, "format: text, json_object, json_schema"),
+    "reasoning": Parameter((dict,), HONOURED, "effort; summary: shows the thoughts"),
+    "max_output_tokens": Parameter((int,), HONOURED, "at least 1"),
+    "include": Parameter((list,), IGNORED, "nothing can be added"),
+    "stream_options": Parameter((dict,), IGNORED, "usage is always told"),
+    "truncation": Parameter((str,), IGNORED, NO_KNOB),
+    "service_tier": Parameter((str,), IGNORED, NO_KNOB),
+    "max_tool_calls": Parameter((int,), IGNORED, "the client runs the tools"),
+    "prompt_cache_key": Parameter((str,), IGNORED, "the cache finds it by itself"),
+    "safety_identifier": Parameter((str,), IGNORED, "there is one user: you"),
+    "previous_response_id": Parameter(
+        (str,), REFUSED, "nothing is stored", (), "previous_response_not_found"
+    ),
+    "conversation": Parameter((str, dict), REFUSED, "nothing is stored"),
+    "prompt": Parameter((dict,), REFUSED, "nothing is stored"),
+    "background": Parameter((bool,), REFUSED, "nothing is stored", (False,)),
+}
+TOOL_TYPES = {  # of /v1/responses; all others are refused
+    "function": (HONOURED, "the client runs them"),
+    "custom": (HONOURED, "one text as input; a grammar is not enforced"),
+    "namespace": (HONOURED, "functions with a common prefix, such as MCP servers"),
+    "web_search": (IGNORED, "Codex offers it in every request"),
+    "tool_search": (IGNORED, "all tools are given at once"),
+}
+ECHO: Json = {  # what a response tells of its request, and the defaults
+    "instructions": None, "max_output_tokens": None, "metadata": {},
+    "parallel_tool_calls": True, "reasoning": None, "temperature": None,
+    "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [],
+    "top_p": None, "truncation": "disabled",
+}  # fmt: skip
 
 
 class QueryOptions(NamedTuple):
@@ -405,7 +445,9 @@ class Ask(NamedTuple):
     """All that one request asks for. `requested` is the client's name of the model,
     `model` the CLI's. `turns` are Messages API messages, the last one a user's. `names`
     are those of tools, `properties` those of each tool's properties. With `structured`
-    the arguments of STRUCTURED_OUTPUT are the answer's content."""
+    the arguments of STRUCTURED_OUTPUT are the answer's content. For /v1/responses:
+    `summary`, whether to show thoughts; `origins`, the fields of a call's item by the
+    tool's name; `echo`, see ECHO."""
 
     requested: str
     model: str
@@ -419,6 +461,9 @@ class Ask(NamedTuple):
     include_usage: bool = False
     stops: Tuple[str, ...] = ()
     n: int = 1
+    summary: bool = False
+    origins: Dict[str, Json] = {}
+    echo: Json = {}
 
     @property
     def goes_on(self) -> bool:
@@ -488,14 +533,13 @@ def may(holder: Json, key: str, kinds: Tuple[type, ...], where: str) -> Any:
 def parse_chat(body: Any, thoughts: Thoughts) -> Ask:
     """A chat completion request -> Ask. Raises APIError 400 or 404."""
     body = parse_parameters(body, PARAMETERS, "messages")
-    script = Transcript()
+    model, script = cli_model(body["model"]), Transcript()
     for i, message in enumerate(body["messages"]):
         script.add_message(message, f"messages[{i}]")
     stream_options = body.get("stream_options", {})
     return make_ask(
-        body, script, thoughts,
+        body, model, script, thoughts,
         functions=[function_of(t, f"tools[{i}]") for i, t in enumerate(body["tools"])],
-        choice=chat_choice(body["tool_choice"]),
         schema=parse_format(body.get("response_format"), "response_format"),
         effort=parse_effort(body.get("reasoning_effort"), "reasoning_effort"),
         tokens=bounded(body, "max_completion_tokens") or bounded(body, "max_tokens"),
@@ -516,7 +560,7 @@ def parse_parameters(body: Any, table: Dict[str, Parameter], needed: str) -> Jso
         check(body[name], row.kinds, name)
         if row.use == REFUSED and body[name] not in row.harmless:
             message = f"'{name}' is not supported: {row.why}."
-            raise bad(name, message, "unsupported_parameter")
+            raise bad(name, message, row.code)
     for name in ("model", needed):
         if name not in body:
             raise bad(name, f"Missing required parameter: '{name}'.")
@@ -525,15 +569,41 @@ def parse_parameters(body: Any, table: Dict[str, Parameter], needed: str) -> Jso
     return {"tools": [], "tool_choice": "auto", **body}
 
 
+def parse_response(body: Any, thoughts: Thoughts, texts: Dict[str, str]) -> Ask:
+    """A request of /v1/responses -> Ask. `texts`: what earlier answers said, by the id
+    of the item. Raises APIError 400 or 404."""
+    body = parse_parameters(body, RESPONSE_PARAMETERS, "input")
+    model, script = cli_model(body["model"]), Transcript()
+    script.add_system([text_block(body.get("instructions", ""))])
+    items = body["input"]
+    if isinstance(items, str):
+        items = [{"role": "user", "content": items}]
+    for i, item in enumerate(items):
+        add_item(script, item, f"input[{i}]", texts)
+    functions, origins = response_tools(body["tools"])
+    text, reasoning = body.get("text", {}), body.get("reasoning", {})
+    effort = may(reasoning, "effort", (str,), "reasoning")
+    return make_ask(
+        body, model, script, thoughts, functions,
+        schema=parse_format(may(text, "format", (dict,), "text"), "text.format"),
+        effort=parse_effort(effort, "reasoning.effort"),
+        tokens=bounded(body, "max_output_tokens"),
+    )._replace(
+        summary=bool(may(reasoning, "summary", (str,), "reasoning")),
+        origins=origins,
+        echo={name: body.get(name, default) for name, default in ECHO.items()},
+    )  # fmt: skip
+
+
 def make_ask(
-    body: Json, script: Transcript, thoughts: Thoughts, functions: List[Function],
-    choice: Any, schema: Optional[Json], effort: str, tokens: int,
+    body: Json, model: str, script: Transcript, thoughts: Thoughts,
+    functions: List[Function], schema: Optional[Json], effort: str, tokens: int,
 ) -> Ask:  # fmt: skip
-    """The Ask of any endpoint. `choice`: none, auto, required, or the {name} of a tool.
-    `schema`: what the answer must match, if anything. `effort`: OpenAI's word."""
-    model = cli_model(body["model"])
+    """The Ask of either endpoint. `schema`: what the answer must match, if anything;
+    `effort`: OpenAI's word."""
     tools, names = parse_tools(functions)
-    native = parse_choice(choice, names, body.get("parallel_tool_calls", True))
+    parallel = body.get("parallel_tool_calls", True)
+    native = parse_choice(body["tool_choice"], names, parallel)
     called = script.called()
     if called and not tools:  # the API wants every called tool defined
         tools, native = [mcp_tool(name, "", {}) for name in called], {"type": "none"}
@@ -610,8 +680,9 @@ def parse_format(value: Optional[Json], where: str) -> Optional[Json]:
     """A format -> the JSON schema that the answer must match, if any."""
     kind = want(value, "type", (str,), where) if value is not None else "text"
     if kind == "json_schema":
-        value = want(value, "json_schema", (dict,), where)
-        where += ".json_schema"
+        if where != "text.format":  # there it is flat
+            value = want(value, "json_schema", (dict,), where)
+            where += ".json_schema"
         return object_schema(want(value, "schema", (dict,), where), where + ".schema")
     if kind not in ("text", "json_object"):
         message = f"'{where}.type' must be text, json_object or json_schema."
@@ -658,6 +729,34 @@ def function_of(tool: Any, where: str) -> Function:
     if check(tool, (dict,), where).get("type", "function") != "function":
         raise bad(f"{where}.type", "Only tools of type 'function' are supported.")
     return want(tool, "function", (dict,), where), where + ".function"
+
+
+def response_tools(tools: List[Any]) -> Tuple[List[Function], Dict[str, Json]]:
+    """The tools of /v1/responses -> functions, and Ask.origins."""
+    functions, origins = [], {}
+    for i, tool in enumerate(tools):
+        where = f"tools[{i}]"
+        kind = want(check(tool, (dict,), where), "type", (str,), where)
+        if kind not in TOOL_TYPES:
+            known = ", ".join(TOOL_TYPES)
+            message = f"Tools of type '{kind[:50]}' are not supported; {known} are."
+            raise bad(where + ".type", message, "unsupported_tool")
+        if kind == "namespace":
+            space = want(tool, "name", (str,), where)
+            for j, inner in enumerate(want(tool, "tools", (list,), where)):
+                at = f"{where}.tools[{j}]"
+                name = want(check(inner, (dict,), at), "name", (str,), at)
+                functions.append(({**inner, "name": f"{space}__{name}"}, at))
+                origins[f"{space}__{name}"] = {"name": name, "namespace": space}
+        elif TOOL_TYPES[kind][0] == HONOURED:
+            functions.append((tool, where))
+        if kind == "custom":
+            name = want(tool, "name", (str,), where)
+            origins[name] = {"type": "custom_tool_call", "name": name}
+            about = {"type": "string", "description": json.dumps(tool.get("format"))}
+            schema = {"properties": {"input": about}, "required": ["input"]}
+            functions[-1] = {**tool, "parameters": schema}, where
+    return functions, origins
 
 
 def parse_tools(functions: List[Function]) -> Tuple[List[Json], Names]:
@@ -775,22 +874,15 @@ def mend(schema: Json) -> None:
             schema["items"] = schema.pop("additionalItems")
 
 
-def chat_choice(choice: Any) -> Any:
-    """tool_choice -> a word, or the function's {name}."""
-    if isinstance(choice, str):
-        return choice
-    if choice.get("type", "function") != "function":
-        raise bad("tool_choice.type", "'tool_choice.type' must be function.")
-    function = want(choice, "function", (dict,), "tool_choice")
-    want(function, "name", (str,), "tool_choice.function")
-    return function
-
-
 def parse_choice(choice: Any, names: Names, parallel: bool) -> Json:
-    """none, auto, required, or the {name} of a tool -> the Messages API's tool_choice;
-    {} for its default."""
+    """tool_choice of either endpoint -> the Messages API's; {} for its default."""
     if isinstance(choice, dict):
-        name = choice["name"]
+        if choice.get("type", "function") not in ("function", "custom"):
+            raise bad("tool_choice.type", "'tool_choice.type' must be function.")
+        at = "tool_choice"
+        if "name" not in choice:  # chat completions
+            choice, at = want(choice, "function", (dict,), at), at + ".function"
+        name = want(choice, "name", (str,), at)
         if name not in names.values():
             raise bad("tool_choice", f"The tool '{name[:100]}' is not in 'tools'.")
         found = {"type": "tool", "name": api_name(name)}
@@ -851,7 +943,7 @@ class Transcript:
             blocks = parse_content(message, where, MEDIA)
             self.add_result(name, blocks, where + ".tool_call_id")
         elif role in ("system", "developer"):
-            self.add_system(parse_content(message, where, ("text",)))
+            self.add_system(parse_content(message, where, TEXT))
         elif role == "user":
             self.add("user", parse_content(message, where, MEDIA))
         elif role == "assistant":
@@ -863,7 +955,7 @@ class Transcript:
     def add_assistant(self, message: Json, where: str) -> None:
         if message.get("audio"):
             raise bad(where + ".audio", "Audio is not supported.")
-        blocks = parse_content(message, where, ("text", "refusal"))
+        blocks = parse_content(message, where, (*TEXT, "refusal"))
         self.add("assistant", blocks)
         for i, call in enumerate(may(message, "tool_calls", (list,), where) or []):
             at = f"{where}.tool_calls[{i}]"
@@ -905,19 +997,20 @@ class Transcript:
     def add(self, role: str, blocks: List[Json]) -> None:
         if not blocks:
             return
-        if blocks[0]["type"] not in ("tool_use", "tool_result"):
+        same = bool(self.turns) and self.turns[-1]["role"] == role
+        if blocks[0]["type"] != "tool_result" and not (same and role == "assistant"):
             self.expect_no_open_call()
         if not self.turns and role == "assistant":
             self.add("user", [text_block(BEGIN)])
-        if self.turns and self.turns[-1]["role"] == role:
+        if same:
             self.turns[-1]["content"] += blocks  # in place: there may be many
         else:
             self.turns.append({"role": role, "content": blocks})
 
     def expect_no_open_call(self) -> None:
         for name, (where, _) in self.open.items():
-            message = f"The tool call '{name[:100]}' has no response: 'tool_calls' "
-            raise bad(where, message + "must be followed by a tool message for each.")
+            message = f"The tool call '{name[:100]}' has no response; each call needs one."
+            raise bad(where, message)
 
     def called(self) -> List[str]:
         """The names of the tools in the conversation."""
@@ -930,6 +1023,7 @@ class Transcript:
         """Put back what the client does not know: signed thinking, and the names that
         the API accepts for properties."""
         for turn in self.turns[self.ready :]:
+            turn["content"].sort(key=lambda block: block["type"] == "tool_use")
             uses = [block for block in turn["content"] if block["type"] == "tool_use"]
             thought = thoughts.get(uses[0]["id"]) if uses else None
             for use in uses:
@@ -943,6 +1037,49 @@ class Transcript:
         self.expect_no_open_call()
         if not self.turns or self.turns[-1]["role"] == "assistant":
             self.add("user", [text_block(CONTINUE if self.turns else BEGIN)])
+
+
+def add_item(
+    script: Transcript, item: Any, where: str, texts: Dict[str, str]
+) -> None:
+    """Add an item of `input`. `texts` as in parse_response()."""
+    kind = may(check(item, (dict,), where), "type", (str,), where) or "message"
+    if kind not in ITEM_TYPES:
+        known = ", ".join(ITEM_TYPES)
+        message = f"Items of type '{kind[:50]}' are not supported; {known} are."
+        raise bad(where + ".type", message, "unsupported_item")
+    if kind == "message":
+        script.add_message(item, where)
+    elif kind == "item_reference":
+        id = want(item, "id", (str,), where)
+        if id not in texts and not id.startswith("rs_"):
+            message = f"Item with id '{id[:100]}' not found: this server stores only "
+            message += "the last answers. Set `store: false`, or send the items."
+            raise APIError(404, message, "item_not_found", where + ".id")
+        script.add("assistant", [text_block(texts[id])] if id in texts else [])
+    elif kind != "reasoning":  # that comes back by the id of the call, see Thoughts
+        id = want(item, "call_id", (str,), where)
+        if kind.endswith("_output"):
+            output = want(item, "output", (str, list), where)
+            blocks = parse_parts(output, where + ".output", MEDIA)
+            return script.add_result(id, blocks, where + ".call_id")
+        if kind == "custom_tool_call":
+            text = want(item, "input", (str,), where)
+            item = {**item, "arguments": json.dumps({"input": text})}
+        space = may(item, "namespace", (str,), where)
+        name = want(item, "name", (str,), where)
+        script.add_call(id, {**item, "name": f"{space}__{name}" if space else name}, where)
+
+
+ITEM_TYPES = {  # of /v1/responses; all others are refused
+    "message": "turn for turn, in their native roles",
+    "function_call": "a call of the turn before it",
+    "function_call_output": "its result: text, images, files",
+    "custom_tool_call": "a call of the turn before it",
+    "custom_tool_call_output": "its result: text, images, files",
+    "reasoning": "left out: signed thinking is kept here, by the id of the call",
+    "item_reference": "what the last answers said; `store: false` sends it instead",
+}
 
 
 def in_order(signed: List[Json], content: List[Json], uses: List[Json]) -> List[Json]:
@@ -979,7 +1116,9 @@ def parse_arguments_of_call(text: str) -> Json:
     return value if isinstance(value, dict) else {"arguments": text}
 
 
-MEDIA = ("text", "image_url", "file")
+# The kinds of content, in chat completions and in /v1/responses.
+TEXT = ("text", "input_text", "output_text")
+MEDIA = (*TEXT, "image_url", "input_image", "file", "input_file")
 
 
 def parse_content(message: Json, where: str, kinds: Tuple[str, ...]) -> List[Json]:
@@ -1058,10 +1197,18 @@ def base64_source(kind: str, data: str) -> Json:
     return {"type": "base64", "media_type": kind, "data": data}
 
 
+def text_part(part: Json, where: str) -> Json:
+    return text_block(want(part, "text", (str,), where))
+
+
 PARTS = {
-    "text": lambda part, where: text_block(want(part, "text", (str,), where)),
+    "text": text_part,
+    "input_text": text_part,
+    "output_text": text_part,
     "refusal": lambda part, where: text_block(want(part, "refusal", (str,), where)),
     "image_url": image_part,
+    "input_image": image_part,
+    "input_file": file_part,
     "file": lambda part, where: file_part(
         want(part, "file", (dict,), where), where + ".file"
     ),
@@ -2131,8 +2278,14 @@ class Answer:
                 raise APIError(502, "Claude ended without an answer.")
             status = 400  # 2.1.112 refuses an image by itself so
         text = str(text or self.failed_before)
-        wait = (self.rate_limit.get("resetsAt") or 0.0) - self.now
-        raise failure(status, line.get("terminal_reason"), self.category, text, wait)
+        resets_at = self.rate_limit.get("resetsAt") or 0
+        wait = resets_at - self.now
+        reason = line.get("terminal_reason")
+        error = failure(status, reason, self.category, text, wait)
+        if error.status == 429 and wait > LIMIT_SECONDS:  # Codex would wait for it
+            limit = {"type": "usage_limit_reached", "resets_at": int(resets_at)}
+            error.body["error"].update(limit)
+        raise error
 
     def on_system(self, line: Json) -> Deltas:
         """The tools that the CLI took, or a retry to come: it only helps against
@@ -2330,6 +2483,10 @@ class Reply:
         head = {"id": self.id, "object": "chat.completion", "created": self.created}
         return {**head, "model": self.model, "choices": choices, "usage": self.usage()}
 
+    def texts(self) -> Dict[str, str]:
+        """What it says, by the id of the item, if a client may refer to it."""
+        return {}
+
     def notes(self) -> Json:
         """What the log says of it."""
         notes: Json = {"model": printable(self.model)[:60]}
@@ -2341,6 +2498,181 @@ class Reply:
             notes["cached"] = usage["prompt_tokens_details"]["cached_tokens"]
             notes["out"] = usage["completion_tokens"]
         return notes
+
+
+STATUSES = {  # our finish_reason -> the status of a response
+    None: "in_progress",
+    "stop": "completed",
+    "tool_calls": "completed",
+    "length": "incomplete",
+    "content_filter": "failed",
+}
+# The type of an item -> its event of text, the field of the text in it, its event of a
+# part, and the field with the part's index.
+ITEM_EVENTS = {
+    "message": ("output_text", "text", "content_part", "content_index"),
+    "reasoning": (
+        "reasoning_summary_text", "text", "reasoning_summary_part", "summary_index",
+    ),
+    "function_call": ("function_call_arguments", "arguments", "", ""),
+    "custom_tool_call": ("custom_tool_call_input", "input", "", ""),
+}  # fmt: skip
+
+
+class ResponseReply(Reply):
+    """The same for /v1/responses: one item after another, each with its events.
+
+    `output` holds the items, `channel` that of the open one (see Answer), `pieces` its
+    text, `events` what is to be sent.
+    """
+
+    def __init__(self, ask: Ask, id: str, created: int):
+        super().__init__(ask, id, created)
+        self.output: List[Json] = []
+        self.channel: Any = None
+        self.pieces: List[str] = []
+        self.events: List[str] = []
+        self.sequence = 0
+        self.error: Optional[Json] = None
+
+    def emit(self, type: str, **fields: Any) -> None:
+        event = {"type": type, "sequence_number": self.sequence, **fields}
+        self.sequence += 1
+        self.events.append(f"event: {type}\ndata: {json.dumps(event)}\n\n")
+
+    def flush(self) -> str:
+        events, self.events = "".join(self.events), []
+        return events
+
+    def emit_of_item(self, type: str, **fields: Any) -> None:
+        """An event of the open item."""
+        place, item = len(self.output) - 1, self.output[-1]
+        index = ITEM_EVENTS[item["type"]][3]
+        about = {"output_index": place, "item_id": item["id"]}
+        self.emit(f"response.{type}", **about, **({index: 0} if index else {}), **fields)
+
+    def event(self, delta: Delta) -> str:
+        """"" for a delta that adds nothing."""
+        if not self.sequence:
+            self.emit("response.created", response=self.completion())
+            self.emit("response.in_progress", response=self.completion())
+        for channel, text in delta["delta"].items():
+            call: Json = {}
+            if channel == "tool_calls":
+                (call,) = text
+                channel, text = call["index"], call["function"]["arguments"]
+            hidden = channel == "reasoning_content" and not self.ask.summary
+            if (text or call) and channel != "role" and not hidden:
+                self.add(channel, text, call)
+        if delta["finish_reason"]:
+            self.close("incomplete" if delta["finish_reason"] == "length" else "completed")
+            self.channel = None
+        return self.flush()
+
+    def add(self, channel: Any, text: str, call: Json) -> None:
+        if channel != self.channel:
+            self.close("completed")
+            self.open(channel, call)
+        self.pieces.append(text)
+        item = self.output[-1]
+        if text and item["type"] != "custom_tool_call":  # its input is known at the end
+            extra = {"logprobs": []} if item["type"] == "message" else {}
+            kind = ITEM_EVENTS[item["type"]][0]
+            self.emit_of_item(kind + ".delta", delta=text, **extra)
+
+    def open(self, channel: Any, call: Json) -> None:
+        """Begin an item."""
+        self.channel, self.pieces = channel, []
+        id = f"{self.id[len('resp_'):]}{len(self.output)}"
+        item: Json = {"type": "message", "id": f"msg_{id}", "role": "assistant"}
+        item.update(status="in_progress", content=[])
+        if channel == "reasoning_content":
+            item = {"type": "reasoning", "id": f"rs_{id}", "summary": []}
+        elif call:
+            name = call["function"]["name"]
+            item = {"type": "function_call", "id": f"fc_{id}", "call_id": call["id"]}
+            item.update(self.ask.origins.get(name, {"name": name}))
+            item.update({"status": "in_progress", ITEM_EVENTS[item["type"]][1]: ""})
+        self.output.append(item)
+        place = len(self.output) - 1
+        self.emit("response.output_item.added", output_index=place, item=item)
+        if not call:
+            kind = ITEM_EVENTS[item["type"]][2]
+            self.emit_of_item(kind + ".added", part=response_part(item, ""))
+
+    def close(self, status: str) -> None:
+        """End the open item, if any."""
+        if self.channel is None:
+            return
+        item, text = self.output[-1], "".join(self.pieces)
+        kind, field, part_kind, _ = ITEM_EVENTS[item["type"]]
+        if item["type"] == "custom_tool_call":
+            text = str(parse_arguments_of_call(text).get("input", text))
+            self.emit_of_item(kind + ".delta", delta=text)
+        name = {"name": item["name"]} if "name" in item else {}
+        self.emit_of_item(kind + ".done", **{field: text}, **name)
+        if part_kind:
+            part = response_part(item, text)
+            self.emit_of_item(part_kind + ".done", part=part)
+            item["summary" if item["type"] == "reasoning" else "content"] = [part]
+        else:
+            item[field] = text
+        if "status" in item:
+            item["status"] = status
+        place = len(self.output) - 1
+        self.emit("response.output_item.done", output_index=place, item=item)
+
+    def alive(self) -> str:
+        self.emit("response.in_progress", response=self.completion())
+        return self.flush()
+
+    def end(self) -> str:
+        response = self.completion()
+        if response["error"]:
+            return self.fail(APIError(400, REFUSAL, "invalid_prompt"))
+        self.emit(f"response.{response['status']}", response=response)
+        return self.flush()
+
+    def fail(self, error: APIError) -> str:
+        about = error.body["error"]
+        code = "invalid_prompt" if error.status == 400 else "server_error"
+        self.error = {"code": about["code"] or code, "message": about["message"]}
+        self.emit("error", error=about)
+        self.emit("response.failed", response=self.completion())
+        return self.flush()
+
+    def completion(self) -> Json:
+        """The response as it is now."""
+        reason, error = self.answers[0].finish_reason, self.error
+        if reason == "content_filter":
+            error = error or {"code": "invalid_prompt", "message": REFUSAL}
+        cut = {"reason": "max_output_tokens"} if reason == "length" else None
+        status = "failed" if error else STATUSES[reason]
+        response = {"id": self.id, "object": "response", "created_at": self.created}
+        response.update(status=status, model=self.model, error=error)
+        response.update(incomplete_details=cut, output=self.output)
+        response["usage"] = self.response_usage() if reason else None
+        return {**response, **self.ask.echo, "previous_response_id": None, "store": False}
+
+    def response_usage(self) -> Json:
+        usage = self.usage()
+        names = {"prompt": "input", "completion": "output", "total": "total"}
+        found = {f"{ours}_tokens": usage[f"{chat}_tokens"] for chat, ours in names.items()}
+        found["input_tokens_details"] = usage["prompt_tokens_details"]
+        return {**found, "output_tokens_details": usage["completion_tokens_details"]}
+
+    def texts(self) -> Dict[str, str]:
+        messages = [item for item in self.output if item["type"] == "message"]
+        return {item["id"]: item["content"][0]["text"] for item in messages}
+
+
+def response_part(item: Json, text: str) -> Json:
+    if item["type"] == "reasoning":
+        return {"type": "summary_text", "text": text}
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+REFUSAL = "Claude refused to answer this request."
 
 
 # ── One answer ─────────────────────────────────────────────────────────────────────
@@ -2404,7 +2736,8 @@ STOPPING = "The server is stopping."
 class Backend:
     """What all requests share: the gate, the processes, and what past answers taught.
 
-    `thoughts` and `rate_limit` are read and written whole, which needs no lock.
+    `thoughts`, `texts` and `rate_limit` are read and written whole, which needs no
+    lock.
     """
 
     def __init__(self, settings: Settings):
@@ -2413,6 +2746,7 @@ class Backend:
         self.installation = Installation(settings.claude)
         self.keeper = Keeper(self.installation, settings.spares)
         self.thoughts: Thoughts = {}
+        self.texts: Dict[str, str] = {}  # of the last responses, by the id of the item
         self.rate_limit: Optional[Json] = None
         self.started = time.monotonic()
         self.stopping = False
@@ -2469,8 +2803,10 @@ class Backend:
             if answer.calls and any("thinking" in b["type"] for b in answer.blocks):
                 thought = Thought(reply.ask.model, answer.model, answer.blocks)
                 self.thoughts[answer.calls[0]["id"]] = thought
-        while len(self.thoughts) > MAX_THOUGHTS:
-            self.thoughts.pop(next(iter(list(self.thoughts))), None)
+        self.texts.update(reply.texts())
+        for store in (self.thoughts, self.texts):
+            while len(store) > MAX_THOUGHTS:
+                store.pop(next(iter(list(store))), None)
 
     def note_failure(self, error: APIError, claudes: Iterable[Claude]) -> None:
         self.refuse_when_stopping()
@@ -2713,6 +3049,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path = path[len("/v1") :] if path.startswith("/v1/") else path
         path, _, model = path.partition("/models/")
         methods = self.ROUTES.get("/models/" if model else path)
+        if methods and "websocket" in self.headers.get("Upgrade", "").lower():
+            message = "WebSockets are not supported here; POST is."  # Codex then does so
+            raise APIError(426, message, headers={"Upgrade": "HTTP/1.1"})
         if methods is None:
             message = f"There is no {self.path[:100]} here. Try /v1/chat/completions."
             raise APIError(404, message, "unknown_url")
@@ -2750,13 +3089,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         ask = parse_chat(self.read_json(), self.backend.thoughts)
         self.respond(Reply(ask, "chatcmpl-" + os.urandom(12).hex(), int(time.time())))
 
+    def post_response(self) -> None:
+        backend = self.backend
+        ask = parse_response(self.read_json(), backend.thoughts, backend.texts)
+        name = "resp_" + os.urandom(12).hex()
+        self.respond(ResponseReply(ask, name, int(time.time())))
+
     def respond(self, reply: Reply) -> None:
         self.reply = reply
         try:
             with contextlib.closing(self.backend.deltas(reply, self.reader)) as deltas:
                 if reply.ask.stream:
                     return self.stream(deltas)
-                collections.deque(deltas, maxlen=0)
+                for delta in filter(None, deltas):
+                    reply.event(delta)
             self.send_json(200, reply.completion())
         finally:
             self.backend.expect_next_turn(reply)
@@ -2766,6 +3112,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         "/models": {"GET": get_models, "OPTIONS": preflight},
         "/models/": {"GET": get_model, "OPTIONS": preflight},
         "/chat/completions": {"POST": post_chat, "OPTIONS": preflight},
+        "/responses": {"POST": post_response, "OPTIONS": preflight},
     }
 
     # Reading.

@@ -1898,7 +1898,7 @@ def test_failures_have_their_status(server, stream, api, ours):
         ("mock:category=authentication_failed", 401, "not_logged_in"),
         ("mock:category=billing_error", 429, "insufficient_quota"),
         ("mock:category=model_not_found", 404, "model_not_found"),
-        ("mock:category=overloaded", 503, "overloaded"),
+        ("mock:category=overloaded", 503, "server_is_overloaded"),
         ("mock:category=news", 502, "upstream_error"),
         ("mock:status=400 mock:reason=prompt_too_long", 400, "context_length_exceeded"),
         ("mock:retry=401", 401, "not_logged_in"),
