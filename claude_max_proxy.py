@@ -537,6 +537,7 @@ def parse_chat(body: Any, thoughts: Thoughts) -> Ask:
     for i, message in enumerate(body["messages"]):
         script.add_message(message, f"messages[{i}]")
     stream_options = body.get("stream_options", {})
+    usage = may(stream_options, "include_usage", (bool,), "stream_options")
     return make_ask(
         body, model, script, thoughts,
         functions=[function_of(t, f"tools[{i}]") for i, t in enumerate(body["tools"])],
@@ -544,7 +545,7 @@ def parse_chat(body: Any, thoughts: Thoughts) -> Ask:
         effort=parse_effort(body.get("reasoning_effort"), "reasoning_effort"),
         tokens=bounded(body, "max_completion_tokens") or bounded(body, "max_tokens"),
     )._replace(
-        include_usage=may(stream_options, "include_usage", (bool,), "stream_options"),
+        include_usage=bool(usage),
         stops=parse_stops(body.get("stop", [])),
         n=bounded(body, "n", MAX_CHOICES) or 1,
     )  # fmt: skip
@@ -2554,8 +2555,7 @@ class ResponseReply(Reply):
     def event(self, delta: Delta) -> str:
         """"" for a delta that adds nothing."""
         if not self.sequence:
-            self.emit("response.created", response=self.completion())
-            self.emit("response.in_progress", response=self.completion())
+            self.begin()
         for channel, text in delta["delta"].items():
             call: Json = {}
             if channel == "tool_calls":
@@ -2622,8 +2622,13 @@ class ResponseReply(Reply):
         place = len(self.output) - 1
         self.emit("response.output_item.done", output_index=place, item=item)
 
-    def alive(self) -> str:
+    def begin(self) -> None:
+        if not self.sequence:
+            self.emit("response.created", response=self.completion())
         self.emit("response.in_progress", response=self.completion())
+
+    def alive(self) -> str:
+        self.begin()
         return self.flush()
 
     def end(self) -> str:

@@ -980,7 +980,7 @@ class Result:
         self.text = self.raw.decode()
         self.json, self.chunks, self.done = None, [], False
         if "event-stream" in response.headers.get("Content-Type", ""):
-            lines = [line for line in self.text.split("\n\n") if line]
+            lines = [text.split("\n")[-1] for text in self.text.split("\n\n") if text]
             assert all(line.startswith("data: ") for line in lines), self.text
             self.done = lines[-1] == "data: [DONE]"
             self.chunks = [json.loads(x[6:]) for x in lines if x != "data: [DONE]"]
@@ -1063,6 +1063,10 @@ class Proxy:
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         return self.post({"model": model, "messages": messages, **parameters})
+
+    def respond(self, input="hi", **parameters):
+        body = {"model": "sonnet", "input": input, **parameters}
+        return self.post(body, "/v1/responses")
 
     def told(self, messages, **parameters):
         """What the stand-in CLI was told for these messages."""
@@ -2805,6 +2809,389 @@ def test_response_format_refused(value, param):
     assert (error["status"], error["param"]) == (400, param)
 
 
+# ── Responses ──────────────────────────────────────────────────────────────────────
+
+
+def response_of(input="hi", texts={}, **parameters):
+    body = {"model": "sonnet", "input": input, **parameters}
+    return proxy.parse_response(body, {}, texts)
+
+
+def response_refused(input="hi", **parameters):
+    with pytest.raises(proxy.APIError) as caught:
+        response_of(input, **parameters)
+    return {"status": caught.value.status, **caught.value.body["error"]}
+
+
+def item(type, **fields):
+    return {"type": type, **fields}
+
+
+def function(name="get_weather", **fields):
+    return {"type": "function", "name": name, "parameters": CITY, **fields}
+
+
+def call_item(id="call_1", arguments='{"city":"Paris"}', name="get_weather", **fields):
+    return item("function_call", call_id=id, name=name, arguments=arguments, **fields)
+
+
+def output_item(id="call_1", output="sunny", type="function_call_output"):
+    return item(type, call_id=id, output=output)
+
+
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}}
+NAMESPACE = {"type": "namespace", "name": "mcp__w", "tools": [function("look")]}
+CUSTOM = {"type": "custom", "name": "patch", "format": {"type": "text"}}
+
+
+def test_response(server):
+    reply = server.respond("mock:tokens=2", metadata={"a": "b"}, tools=[function()])
+    body = reply.json
+    assert reply.status == 200 and re.fullmatch("resp_[0-9a-f]{24}", body.pop("id"))
+    assert abs(body.pop("created_at") - time.time()) < 60
+    (message,) = body.pop("output")
+    part = {"type": "output_text", "text": "tok0 tok1 ", "annotations": [], "logprobs": []}
+    assert message.pop("id").startswith("msg_")
+    assert message == item("message", role="assistant", status="completed", content=[part])
+    usage = {"input_tokens": 10, "output_tokens": 2, "total_tokens": 12}
+    usage["input_tokens_details"] = {"cached_tokens": 0}
+    usage["output_tokens_details"] = {"reasoning_tokens": 0}
+    echo = {**proxy.ECHO, "metadata": {"a": "b"}, "tools": [function()]}
+    assert body == {
+        "object": "response", "status": "completed", "model": "claude-sonnet-mock",
+        "error": None, "incomplete_details": None, "usage": usage, **echo,
+        "previous_response_id": None, "store": False,
+    }  # fmt: skip
+
+
+def fed(said, **parameters):
+    """A ResponseReply for what a model says, and its events."""
+    reply = proxy.ResponseReply(response_of(**parameters), "resp_0", 0)
+    answer, lines = reply.answers[0], transcript(said)
+    sent = "".join(reply.event(delta) for line in lines for delta in answer.feed(line))
+    return reply, sent + reply.end()
+
+
+def shown(text):
+    """SSE events -> "type place index: what it brings", checked for what each has."""
+    found, items = [], {}
+    for number, block in enumerate(filter(None, text.split("\n\n"))):
+        head, data = block.split("\n")
+        event = json.loads(data[len("data: ") :])
+        kind = event["type"]
+        assert head == f"event: {kind}" and event["sequence_number"] == number
+        if kind == "response.output_item.added":
+            items[event["output_index"]] = event["item"]["id"]
+            assert event["item"].get("status", "in_progress") == "in_progress"
+        if "item_id" in event:
+            assert event["item_id"] == items[event["output_index"]]
+        keys = ("delta", "text", "arguments", "input")
+        new = [event[key] for key in keys if key in event]
+        new += [event["item"].get("name", event["item"]["type"])] if "item" in event else []
+        new += [event["response"]["status"]] if "response" in event else []
+        new += [event["error"]["code"]] if "error" in event else []
+        index = [k[0] for k in ("content_index", "summary_index") if event.get(k) == 0]
+        words = [kind.replace("response.", ""), str(event.get("output_index", "")), *index]
+        found.append(" ".join(filter(None, words)) + (f": {new[0]}" if new else ""))
+    return found
+
+
+BEGUN = ["created: in_progress", "in_progress: in_progress"]
+
+
+def message_events(place, *texts):
+    return [
+        f"output_item.added {place}: message", f"content_part.added {place} c",
+        *(f"output_text.delta {place} c: {text}" for text in texts),
+        f"output_text.done {place} c: {''.join(texts)}", f"content_part.done {place} c",
+        f"output_item.done {place}: message",
+    ]  # fmt: skip
+
+
+def thought_events(place, *texts):
+    part, text = "reasoning_summary_part", "reasoning_summary_text"
+    return [
+        f"output_item.added {place}: reasoning", f"{part}.added {place} s",
+        *(f"{text}.delta {place} s: {thought}" for thought in texts),
+        f"{text}.done {place} s: {''.join(texts)}", f"{part}.done {place} s",
+        f"output_item.done {place}: reasoning",
+    ]  # fmt: skip
+
+
+def call_events(place, name, *texts):
+    return [
+        f"output_item.added {place}: {name}",
+        *(f"function_call_arguments.delta {place}: {text}" for text in texts),
+        f"function_call_arguments.done {place}: {''.join(texts)}",
+        f"output_item.done {place}: {name}",
+    ]  # fmt: skip
+
+
+SHOWN = {"reasoning": {"summary": "auto"}}
+PARIS = ('{"city"', ':"Paris', '"}')
+ONE, TWO = message_events(0, "tok0 "), message_events(0, "tok0 ", "tok1 ")
+
+
+@pytest.mark.parametrize(
+    "text, parameters, expected",
+    [
+        ("mock:tokens=2", {}, [*TWO, "completed: completed"]),
+        ("mock:think=1 mock:tokens=1", {}, [*ONE, "completed: completed"]),
+        ("mock:think=1 mock:tokens=1", SHOWN,
+         [*thought_events(0, "thought0 "), *message_events(1, "tok0 "), "completed: completed"]),
+        ("mock:tool=f,g mock:notext", {},
+         [*call_events(0, "f", *PARIS), *call_events(1, "g", *PARIS), "completed: completed"]),
+        ("mock:tokens=1 mock:tool=f mock:input={}", {},
+         [*ONE, *call_events(1, "f", "{}"), "completed: completed"]),
+        ("mock:tool=f mock:notext mock:input=none", {},
+         [*call_events(0, "f", "{}"), "completed: completed"]),
+        ("mock:tokens=2 mock:stop=max_tokens", {}, [*TWO, "incomplete: incomplete"]),
+        ("mock:tokens=1 mock:stop=refusal", {}, [*ONE, "error: invalid_prompt", "failed: failed"]),
+        ("mock:tool=mcp__w__look mock:notext", {"tools": [NAMESPACE]},
+         [*call_events(0, "look", *PARIS), "completed: completed"]),
+        ('mock:tool=patch mock:notext mock:input={"input":"+a"}', {"tools": [CUSTOM]},
+         ["output_item.added 0: patch", "custom_tool_call_input.delta 0: +a",
+          "custom_tool_call_input.done 0: +a", "output_item.done 0: patch", "completed: completed"]),
+    ],
+)  # fmt: skip
+def test_response_events(text, parameters, expected):
+    reply, sent = fed(text, **parameters)
+    assert shown(sent) == BEGUN + expected
+    last = json.loads(sent.rstrip("\n").rpartition("\ndata: ")[2])["response"]
+    assert last == reply.completion()
+
+
+def test_response_events_of_structured_output():
+    form = {"format": {"type": "json_schema", "name": "x", "schema": CITY}}
+    text = "mock:tool=StructuredOutput mock:notext"
+    assert shown(fed(text, text=form)[1])[2:] == [*message_events(0, *PARIS), "completed: completed"]
+
+
+def test_items_of_calls_are_as_codex_wants_them():
+    reply, _ = fed("mock:tool=mcp__w__look,patch mock:notext", tools=[NAMESPACE, CUSTOM])
+    one, other = reply.completion()["output"]
+    assert (one["type"], one["name"], one["namespace"]) == ("function_call", "look", "mcp__w")
+    assert one["arguments"] == '{"city":"Paris"}' and one["id"].startswith("fc_")
+    assert (other["type"], other["name"]) == ("custom_tool_call", "patch")
+    assert "arguments" not in other and other["call_id"].startswith("toolu_")
+
+
+def test_a_cut_answer_is_incomplete():
+    reply, _ = fed("mock:tokens=1 mock:stop=max_tokens")
+    body = reply.completion()
+    assert body["status"] == "incomplete" and body["output"][0]["status"] == "incomplete"
+    assert body["incomplete_details"] == {"reason": "max_output_tokens"}
+
+
+def test_a_refusal_is_a_failed_response(server):
+    body = server.respond("mock:tokens=1 mock:stop=refusal").json
+    assert body["status"] == "failed" and body["error"]["code"] == "invalid_prompt"
+
+
+@pytest.mark.parametrize("status, code, ours", [
+    (503, "server_is_overloaded", "server_is_overloaded"), (400, None, "invalid_prompt"),
+    (400, "context_length_exceeded", "context_length_exceeded"), (502, None, "server_error"),
+])  # fmt: skip
+def test_failures_inside_a_response(status, code, ours):
+    reply = proxy.ResponseReply(response_of(), "resp_0", 0)
+    begun = reply.alive()
+    sent = reply.fail(proxy.APIError(status, "why", code))
+    assert shown(begun + sent)[-2:] == [f"error: {code}", "failed: failed"]
+    body = reply.completion()
+    assert body["error"] == {"code": ours, "message": "why"} and not body["usage"]
+
+
+def test_a_failure_inside_a_stream_of_a_response(server):
+    reply = server.respond("mock:cut=1 mock:else=Other", stream=True)
+    error, failed = reply.chunks[-2:]
+    assert reply.status == 200 and error["error"]["code"] == "stream_interrupted"
+    assert failed["response"]["error"]["code"] == "stream_interrupted"
+    assert failed["response"]["status"] == "failed" and failed["type"] == "response.failed"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_failure_before_a_response(server, stream):
+    reply = server.respond("mock:status=529", stream=stream)
+    assert (reply.status, reply.json["error"]["code"]) == (503, "server_is_overloaded")
+
+
+def test_the_plans_limit_tells_when_it_ends(server):
+    reply = server.respond("mock:limit=300 mock:status=429")
+    error = reply.json["error"]
+    assert reply.status == 429 and error["type"] == "usage_limit_reached"
+    assert 290 <= error["resets_at"] - time.time() <= 301 and "Retry-After" in reply.headers
+    assert server.respond("mock:status=429").json["error"]["type"] == "rate_limit_error"
+
+
+def test_a_silent_response_is_kept_alive(server, monkeypatch):
+    monkeypatch.setattr(proxy, "ALIVE_SECONDS", 0.1)
+    monkeypatch.setattr(proxy, "TICK_SECONDS", 0.05)
+    reply = server.respond("mock:delay_ms=600 mock:tokens=1", stream=True)
+    kinds = [event["type"] for event in reply.chunks]
+    assert kinds.count("response.in_progress") > 2 and kinds[0] == "response.created"
+    assert [e["sequence_number"] for e in reply.chunks] == list(range(len(kinds)))
+
+
+@pytest.mark.parametrize("wish", ["mock:tokens=3", "mock:think=2 mock:tool=f,g", "mock:stop=max_tokens"])
+def test_both_endpoints_give_the_same_answer(server, wish):
+    tools = [function("f"), function("g")]
+    whole = server.respond(wish, tools=tools, **SHOWN).json
+    streamed = server.respond(wish, tools=tools, stream=True, **SHOWN).chunks[-1]["response"]
+    chat = server.chat(wish, tools=[tool("f"), tool("g")])
+    message, usage = chat.message, chat.json["usage"]
+    for body in (whole, streamed):
+        texts = {i["type"]: i.get("content") or i.get("summary") for i in body["output"]}
+        calls = [i for i in body["output"] if i["type"] == "function_call"]
+        assert texts["message"][0]["text"] == message["content"]
+        thoughts = [part["text"] for part in texts.get("reasoning", [])]
+        assert "".join(thoughts) == message.get("reasoning_content", "")
+        assert [(c["name"], c["arguments"]) for c in calls] == [
+            (c["function"]["name"], c["function"]["arguments"])
+            for c in message.get("tool_calls", [])
+        ]
+        assert body["usage"]["input_tokens"] == usage["prompt_tokens"]
+        assert body["usage"]["output_tokens"] == usage["completion_tokens"]
+
+
+IMAGE = "data:image/png;base64,iVBORw0KGgo="
+CHAT = [
+    system("S"), user("a"), {"role": "assistant", "content": "b", "tool_calls": [
+        {"id": "i", "type": "function", "function": {"name": "get_weather", "arguments": "{}"}},
+        {"id": "k", "type": "function", "function": {"name": "get_weather", "arguments": "{"}}]},
+    {"role": "tool", "tool_call_id": "i", "content": "r"},
+    {"role": "tool", "tool_call_id": "k", "content": [
+        {"type": "text", "text": "q"}, {"type": "image_url", "image_url": {"url": IMAGE}}]},
+    user("c"), system("late"), assistant("d"), user("e"),
+]  # fmt: skip
+INPUT = [
+    item("message", role="developer", content=[item("input_text", text="S")]),
+    user("a"), item("reasoning", id="rs_1", summary=[], encrypted_content="x"),
+    call_item("i", "{}"), item("message", role="assistant", id="msg_1", status="completed",
+                               phase=None, content=[item("output_text", text="b", annotations=[])]),
+    call_item("k", "{"), output_item("i", "r"),
+    output_item("k", [item("input_text", text="q"), item("input_image", image_url=IMAGE)]),
+    user("c"), system("late"), item("item_reference", id="rs_1"),
+    item("item_reference", id="msg_2"), user("e"),
+]  # fmt: skip
+
+
+def test_both_endpoints_ask_the_same():
+    ours = response_of(INPUT, {"msg_2": "d"}, tools=[function(description="Weather of a city")],
+                       reasoning={"effort": "low"}, max_output_tokens=5, tool_choice="required")
+    theirs = ask_of(CHAT, tools=[tool(parameters=CITY)], reasoning_effort="low", max_tokens=5,
+                    tool_choice="required")
+    assert ours._replace(echo={}) == theirs
+
+
+def test_instructions_come_first():
+    assert response_of(INPUT, {"msg_2": "d"}, instructions="I").setup.system == "I\n\nS"
+
+
+@pytest.mark.parametrize("form, chat", [
+    ({}, None),
+    ({"verbosity": "low"}, None),
+    ({"format": {"type": "text"}}, {"type": "text"}),
+    ({"format": {"type": "json_object"}}, {"type": "json_object"}),
+    ({"format": {"type": "json_schema", "name": "x", "strict": True, "schema": CITY}},
+     {"type": "json_schema", "json_schema": {"schema": CITY}}),
+])  # fmt: skip
+def test_text_formats(form, chat):
+    assert response_of(text=form)._replace(echo={}) == ask_of(response_format=chat)
+
+
+def test_tools_of_responses():
+    tools = [function(), NAMESPACE, CUSTOM, {"type": "web_search", "x": 1}, {"type": "tool_search"}]
+    ask = response_of(tools=tools, tool_choice={"type": "function", "name": "get_weather"})
+    names = [t["name"] for t in ask.setup.tools]
+    assert names == ["get_weather", "mcp__w__look", "patch"]
+    assert ask.setup.tools[2]["inputSchema"]["required"] == ["input"]
+    assert json.loads(ask.options.tool_choice)["name"] == "get_weather"
+    assert ask.origins["mcp__w__look"] == {"name": "look", "namespace": "mcp__w"}
+
+
+def test_calls_of_custom_and_namespace_tools_go_back():
+    calls = [call_item("a", "{}", "look", namespace="mcp__w"), output_item("a"),
+             item("custom_tool_call", call_id="b", name="patch", input="+a"),
+             output_item("b", "done", "custom_tool_call_output")]  # fmt: skip
+    blocks = [b for t in response_of(calls, tools=[NAMESPACE, CUSTOM]).turns for b in t["content"]]
+    uses = [(b["name"], b["input"]) for b in blocks if b["type"] == "tool_use"]
+    assert uses == [("mcp__w__look", {}), ("patch", {"input": "+a"})]
+
+
+@pytest.mark.parametrize("name", list(proxy.RESPONSE_PARAMETERS))
+def test_each_response_parameter(name):
+    row = proxy.RESPONSE_PARAMETERS[name]
+    wrong = next(value for kind, value in WRONG.items() if type(value) not in row.kinds)
+    error = response_refused(**{name: wrong})
+    assert (error["status"], error["param"], error["code"]) == (400, name, "invalid_type")
+    right = {"prompt": {"id": "x"}, "background": True, "top_logprobs": 1}
+    value = right.get(name, RIGHT[row.kinds[0]])
+    if row.use == proxy.IGNORED:
+        plain = response_of(unheard_of=1)._replace(echo={})
+        assert response_of(**{name: value})._replace(echo={}) == plain
+    elif row.use == proxy.REFUSED:
+        error = response_refused(**{name: value})
+        assert (error["status"], error["param"], error["code"]) == (400, name, row.code)
+
+
+@pytest.mark.parametrize("input, parameters, param", [
+    ([], {}, "input"),
+    ([5], {}, "input[0]"),
+    ([item("computer_call")], {}, "input[0].type"),
+    ([item("message", role="x", content="")], {}, "input[0].role"),
+    ([item("message", role="user", content=[item("input_audio")])], {}, "input[0].content[0]"),
+    ([item("message", role="user", content=[item("input_file", file_id="f")])], {}, "input[0].content[0]"),
+    ([call_item(None)], {}, "input[0].call_id"),
+    ([call_item()], {}, "input[0]"),
+    ([output_item()], {}, "input[0].call_id"),
+    ([call_item(), output_item(output=None)], {}, "input[1].output"),
+    ([item("custom_tool_call", call_id="a", name="b")], {}, "input[0].input"),
+    ("x", {"text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
+    ("x", {"text": {"format": {"type": "x"}}}, "text.format.type"),
+    ("x", {"reasoning": {"effort": "x"}}, "reasoning.effort"),
+    ("x", {"max_output_tokens": 0}, "max_output_tokens"),
+    ("x", {"tools": [{"type": "mcp"}]}, "tools[0].type"),
+    ("x", {"tools": [function(None)]}, "tools[0].name"),
+    ("x", {"tools": [function(parameters={"type": "string"})]}, "tools[0].parameters"),
+    ("x", {"tools": [{**NAMESPACE, "tools": [{}]}]}, "tools[0].tools[0].name"),
+    ("x", {"tool_choice": {"type": "allowed_tools"}}, "tool_choice.type"),
+    ("x", {"tool_choice": {"type": "function", "name": "x"}}, "tool_choice"),
+])  # fmt: skip
+def test_what_responses_refuse(input, parameters, param):
+    error = response_refused(input, **parameters)
+    assert (error["status"], error["param"]) == (400, param)
+
+
+def test_an_item_can_be_referred_to(make, monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_THOUGHTS", 2)
+    one = make()
+    id = one.respond("mock:say=before").json["output"][0]["id"]
+    history = [user("x"), item("item_reference", id=id), user("mock:show")]
+    shown = json.loads(one.respond(history).json["output"][0]["content"][0]["text"])
+    assert "before" in json.dumps(shown)
+    for _ in range(2):
+        one.respond()
+    reply = one.respond(history)
+    assert (reply.status, reply.json["error"]["param"]) == (404, "input[1].id")
+    assert "store: false" in reply.json["error"]["message"]
+    assert len(one.server.backend.texts) == 2
+
+
+def test_a_websocket_is_told_to_post(server):
+    reply = server.request("GET", "/v1/responses", headers={"Upgrade": "websocket"})
+    assert reply.status == 426 and reply.headers["Upgrade"]
+    assert server.request("GET", "/v1/responses").headers["Allow"] == "POST, OPTIONS"
+
+
+def test_signed_thinking_comes_back_in_a_response_loop(make):
+    one, ask = make(), {"tools": [function()], "model": "claude-haiku-4-5"}
+    output = one.respond("mock:think=1 mock:tool=get_weather", **ask).json["output"]
+    call = next(i for i in output if i["type"] == "function_call")
+    history = [user("q"), *output, output_item(call["call_id"], "sunny"), user("mock:show")]
+    said = one.respond(history, **ask).json["output"][0]["content"][0]["text"]
+    assert "c2lnbmVk" in said
+
+
 # ── stop and n ─────────────────────────────────────────────────────────────────────
 
 
@@ -3170,6 +3557,17 @@ def test_the_number_of_spares_is_bounded(make, monkeypatch, most):
     until(lambda: spares_of(one) == wanted)
     last = one.keeper.spares[-1 if most == 1 else -2].conversation.turns
     assert "d" in json.loads(last[0])["message"]["content"][0]["text"]
+
+
+def test_both_endpoints_share_a_primed_spare(sparing):
+    history = [user("a"), assistant("x"), user("b mock:say=two")]
+    said = assistant(sparing.chat(history).content)
+    sparing.settle()
+    history = [{"type": "message", **m} for m in [*history, said, user("c")]]
+    before = pids_of(sparing)
+    assert sparing.respond(history).status == 200
+    assert before - pids_of(sparing)
+    assert max(len(c.conversation.turns) for c in sparing.keeper.spares) >= 5
 
 
 def test_two_agents_by_turns_find_their_own_spares(sparing):
