@@ -355,8 +355,8 @@ PARAMETERS = {
     "messages": Parameter((list,), HONOURED, "turn for turn, in their native roles"),
     "stream": Parameter((bool,), HONOURED, "server-sent events"),
     "stream_options": Parameter((dict,), HONOURED, "include_usage"),
-    "max_tokens": Parameter((int,), HONOURED, "at least 1"),
-    "max_completion_tokens": Parameter((int,), HONOURED, "wins over max_tokens"),
+    "max_tokens": Parameter((int,), HONOURED, "at least 1; the second wins"),
+    "max_completion_tokens": Parameter((int,), HONOURED, "at least 1; the second wins"),
     "stop": Parameter((str, list), HONOURED, "1 to 4 strings; the CLI ends at a match"),
     "n": Parameter((int,), HONOURED, "1 to 8, one CLI process each"),
     "tools": Parameter((list,), HONOURED, "functions; the client runs them"),
@@ -370,15 +370,17 @@ PARAMETERS = {
     "frequency_penalty": Parameter((int, float), IGNORED, NO_KNOB),
     "seed": Parameter((int,), IGNORED, NO_KNOB),
     "logit_bias": Parameter((dict,), IGNORED, NO_KNOB),
-    "user": Parameter((str,), IGNORED, "there is one user: you"),
+    "user": Parameter((str,), IGNORED, NO_KNOB),
     "metadata": Parameter((dict,), IGNORED, "nothing is stored"),
     "store": Parameter((bool,), IGNORED, "nothing is stored"),
     "logprobs": Parameter((bool,), REFUSED, "Claude gives none", (False,)),
     "top_logprobs": Parameter((int,), REFUSED, "Claude gives none", (0,)),
     "modalities": Parameter((list,), REFUSED, "answers are text", (["text"],)),
     "audio": Parameter((dict,), REFUSED, "answers are text"),
-    "functions": Parameter((list,), REFUSED, "use tools", ([],)),
-    "function_call": Parameter((str, dict), REFUSED, "use tool_choice", ("none",)),
+    "functions": Parameter((list,), REFUSED, "use tools and tool_choice", ([],)),
+    "function_call": Parameter(
+        (str, dict), REFUSED, "use tools and tool_choice", ("none",)
+    ),
     "web_search_options": Parameter((dict,), REFUSED, "there is no web search here"),
 }
 RESPONSE_PARAMETERS = {
@@ -392,13 +394,13 @@ RESPONSE_PARAMETERS = {
     "text": Parameter((dict,), HONOURED, "format: text, json_object, json_schema"),
     "reasoning": Parameter((dict,), HONOURED, "effort; summary: shows the thoughts"),
     "max_output_tokens": Parameter((int,), HONOURED, "at least 1"),
-    "include": Parameter((list,), IGNORED, "nothing can be added"),
-    "stream_options": Parameter((dict,), IGNORED, "usage is always told"),
-    "truncation": Parameter((str,), IGNORED, NO_KNOB),
+    "include": Parameter((list,), IGNORED, NO_KNOB),
+    "max_tool_calls": Parameter((int,), IGNORED, NO_KNOB),
+    "prompt_cache_key": Parameter((str,), IGNORED, NO_KNOB),
+    "safety_identifier": Parameter((str,), IGNORED, NO_KNOB),
     "service_tier": Parameter((str,), IGNORED, NO_KNOB),
-    "max_tool_calls": Parameter((int,), IGNORED, "the client runs the tools"),
-    "prompt_cache_key": Parameter((str,), IGNORED, "the cache finds it by itself"),
-    "safety_identifier": Parameter((str,), IGNORED, "there is one user: you"),
+    "truncation": Parameter((str,), IGNORED, NO_KNOB),
+    "stream_options": Parameter((dict,), IGNORED, "usage is always told"),
     "previous_response_id": Parameter(
         (str,), REFUSED, "nothing is stored", (), "previous_response_not_found"
     ),
@@ -410,8 +412,8 @@ TOOL_TYPES = {  # of /v1/responses; all others are refused
     "function": (HONOURED, "the client runs them"),
     "custom": (HONOURED, "one text as input; a grammar is not enforced"),
     "namespace": (HONOURED, "functions with a common prefix, such as MCP servers"),
-    "web_search": (IGNORED, "Codex offers it in every request"),
-    "tool_search": (IGNORED, "all tools are given at once"),
+    "web_search": (IGNORED, "Codex offers them; Claude has none here"),
+    "tool_search": (IGNORED, "Codex offers them; Claude has none here"),
 }
 ECHO: Json = {  # what a response tells of its request, and the defaults
     "instructions": None, "max_output_tokens": None, "metadata": {},
@@ -1073,13 +1075,13 @@ def add_item(
 
 
 ITEM_TYPES = {  # of /v1/responses; all others are refused
-    "message": "turn for turn, in their native roles",
-    "function_call": "a call of the turn before it",
-    "function_call_output": "its result: text, images, files",
-    "custom_tool_call": "a call of the turn before it",
-    "custom_tool_call_output": "its result: text, images, files",
-    "reasoning": "left out: signed thinking is kept here, by the id of the call",
-    "item_reference": "what the last answers said; `store: false` sends it instead",
+    "message": (HONOURED, "turn for turn, in their native roles"),
+    "function_call": (HONOURED, "a call in the assistant's turn"),
+    "custom_tool_call": (HONOURED, "a call in the assistant's turn"),
+    "function_call_output": (HONOURED, "its result: text, images, files"),
+    "custom_tool_call_output": (HONOURED, "its result: text, images, files"),
+    "item_reference": (HONOURED, "if one of the last answers held the item"),
+    "reasoning": (IGNORED, "signed thinking is kept here, by the id of the call"),
 }
 
 

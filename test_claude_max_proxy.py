@@ -4271,17 +4271,32 @@ def gnawed(raw, rng):
     return bytes(raw)
 
 
-def test_mutated_requests_are_understood_or_refused():
+WHOLE_RESPONSE = {
+    "model": "sonnet", "input": INPUT[:-2] + [
+        item("custom_tool_call", call_id="b", name="patch", input="+a"),
+        output_item("b", "done", "custom_tool_call_output"), user("e")],
+    "tools": [function(), NAMESPACE, CUSTOM, {"type": "web_search"}], "instructions": "I",
+    "tool_choice": {"type": "function", "name": "get_weather"}, "max_output_tokens": 5,
+    "text": {"format": {"type": "json_schema", "name": "x", "schema": CITY}},
+    "reasoning": {"effort": "low", "summary": "auto"}, "stream": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("whole", [WHOLE, WHOLE_RESPONSE], ids=["chat", "responses"])
+def test_mutated_requests_are_understood_or_refused(whole):
     """And what is understood can be told to the CLI."""
     outcomes = set()
     for seed in range(1500):
-        rng, body = random.Random(seed), WHOLE
+        rng, body = random.Random(seed), whole
         for _ in range(rng.randrange(1, 4)):
             body = mutated(body, rng)
         raw = json.dumps(body).encode()
         try:
             value = proxy.parse_json(gnawed(raw, rng) if seed % 5 == 0 else raw)
-            ask = proxy.parse_chat(value, {})
+            if whole is WHOLE:
+                ask = proxy.parse_chat(value, {})
+            else:
+                ask = proxy.parse_response(value, {}, {})
         except proxy.APIError as error:
             assert error.status in (400, 404), seed
             outcomes.add(error.status)
@@ -4652,13 +4667,17 @@ def test_readme_lists_every_option_and_parameter():
         flag, variable = name.replace("_", "-"), proxy.ENVIRONMENT + name.upper()
         default = f"`{row.default}`" if row.default else ""
         assert f"| `--{flag}` | `{variable}` | {default} | {row.help} |" in readme
-    alike = {}
-    for name, row in proxy.PARAMETERS.items():
-        alike.setdefault((row.use, row.why), []).append(f"`{name}`")
-    rows = [
-        f"| {', '.join(names)} | {use} | {why} |" for (use, why), names in alike.items()
-    ]
-    assert "\n".join(rows) in readme
+    known = {id(row) for row in proxy.PARAMETERS.values()}
+    shared = [n for n, row in proxy.RESPONSE_PARAMETERS.items() if id(row) in known]
+    assert ", ".join(f"`{name}`" for name in shared) + " as above" in " ".join(readme.split())
+    other = {n: r for n, r in proxy.RESPONSE_PARAMETERS.items() if n not in shared}
+    for head, table in [("", proxy.PARAMETERS), ("", other), ("tools: ", proxy.TOOL_TYPES),
+                        ("items: ", proxy.ITEM_TYPES)]:  # fmt: skip
+        alike = {}
+        for name, row in table.items():
+            alike.setdefault(row[-2:] if head else (row.use, row.why), []).append(f"`{name}`")
+        rows = [f"| {head}{', '.join(n)} | {use} | {why} |" for (use, why), n in alike.items()]
+        assert "\n".join(rows) in readme
     assert len(re.findall(r"^\| `--", readme, re.M)) == len(proxy.OPTIONS)
     assert len(readme.splitlines()) <= 250
 
@@ -5006,6 +5025,16 @@ def test_a_real_spare_asks_as_a_cold_process_does(real, make, name, model):
         bodies[id(server)].append({**sent(real), "metadata": None})
     one.keeper.home = ""  # the other one's to remove
     assert cold == warm
+
+
+def test_real_both_endpoints_ask_the_same(real):
+    """Byte for byte, at the API."""
+    assert real.chat(CHAT, tools=[tool(description=None, parameters=CITY)]).status == 200
+    ours = {**sent(real), "metadata": None}
+    items = [dict(i, id="rs_0") if i.get("id") == "msg_2" else i for i in INPUT]
+    items.insert(-1, assistant("d"))
+    assert real.respond(items, tools=[function()]).status == 200
+    assert json.dumps({**sent(real), "metadata": None}) == json.dumps(ours)
 
 
 def test_real_tools_are_all_there(real):
