@@ -941,6 +941,8 @@ sys.path.insert(0, HERE)
 import claude_max_proxy as proxy  # noqa: E402
 
 LOG = proxy.log  # for tests it is replaced
+SHORT = {"TICK_SECONDS": 0.05, "TERM_SECONDS": 0.3, "DRAIN_SECONDS": 0.3}
+vars(proxy).update(SHORT)  # in this process, and in those of running()
 
 # ── Harness ────────────────────────────────────────────────────────────────────────
 
@@ -952,7 +954,7 @@ def until(condition, seconds=30.0):
         value = condition()
         if value:
             return value
-        time.sleep(0.01)
+        time.sleep(0.004)
     raise AssertionError(f"not within {seconds} s: {condition}")
 
 
@@ -1848,9 +1850,9 @@ def test_an_answer_told_again_must_tell_all_that_was_said():
 
 
 def test_large_answers_are_the_same_streamed_and_not(server):
-    for wish in ("mock:say=" + "x" * 5000000, "mock:tokens=2000"):
+    for wish in ("mock:say=" + "x" * 500_000, "mock:tokens=500"):
         one, other = server.chat(wish), server.chat(wish, stream=True)
-        assert one.content == other.content and len(one.content) > 12000
+        assert one.content == other.content and len(one.content) > 3000
 
 
 def test_a_split_emoji_is_joined(server):
@@ -1946,7 +1948,7 @@ def test_an_error_in_a_stream_that_has_begun(server):
 
 
 def test_silence_is_504(make):
-    one = make(timeout=0.3)
+    one = make(timeout=0.1)
     assert one.chat("mock:hang").status == 504
     assert one.chat("mock:retry=529 mock:retries=99").status == 504
     reply = one.chat("mock:tokens=2 mock:gap_ms=60000", stream=True)
@@ -1954,8 +1956,8 @@ def test_silence_is_504(make):
 
 
 def test_a_silent_stream_is_kept_alive(server, monkeypatch):
-    monkeypatch.setattr(proxy, "ALIVE_SECONDS", 0.2)
-    reply = server.chat("mock:delay_ms=1500 mock:tokens=1", stream=True)
+    monkeypatch.setattr(proxy, "ALIVE_SECONDS", 0.1)
+    reply = server.chat("mock:delay_ms=600 mock:tokens=1", stream=True)
     choices = [c["choices"][0]["delta"] for c in reply.chunks]
     assert len({(c["id"], c["created"]) for c in reply.chunks}) == 1
     assert choices[1] == {"content": ""} and len(choices) > 4
@@ -2000,7 +2002,7 @@ def test_a_client_that_leaves_ends_its_cli(server, stream, wish, early, monkeypa
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("wish", ["mock:delay_ms=300", "mock:gap_ms=100"])
+@pytest.mark.parametrize("wish", ["mock:delay_ms=100", "mock:gap_ms=30"])
 def test_a_client_that_says_no_more_gets_its_answer(server, stream, wish):
     with send_request(server.port, wish, stream) as connection:
         connection.shutdown(socket.SHUT_WR)
@@ -2420,7 +2422,8 @@ def test_a_deep_schema_is_a_bad_request(server):
         "messages": [user("x")],
         "tools": [tool(parameters=schema)],
     }
-    assert server.post(body).status in (200, 400)
+    reply = server.post(body)  # it depends on the Python whether this is too deep
+    assert reply.status == 200 or "nested too deeply" in reply.error["message"]
     assert refused(tools=[tool(parameters={"type": [{}]})])["status"] == 400
     odd = ask_of(tools=[tool(parameters={"properties": {"a": {"type": [{}]}}})])
     assert odd.setup.tools[0]["inputSchema"]["properties"] == {"a": {}}
@@ -3025,7 +3028,6 @@ def test_the_plans_limit_tells_when_it_ends(server):
 
 def test_a_silent_response_is_kept_alive(server, monkeypatch):
     monkeypatch.setattr(proxy, "ALIVE_SECONDS", 0.1)
-    monkeypatch.setattr(proxy, "TICK_SECONDS", 0.05)
     reply = server.respond("mock:delay_ms=600 mock:tokens=1", stream=True)
     kinds = [event["type"] for event in reply.chunks]
     assert kinds.count("response.in_progress") > 2 and kinds[0] == "response.created"
@@ -3350,7 +3352,8 @@ def test_a_tool_loop_finds_a_primed_spare(sparing):
         result = tool_result("mock:tool=get_weather mock:tokens=1", asked["id"])
         history += [reply.message, result]
     assert spare and spares_of(sparing) == [(True, 6), BLANK]
-    answer = json.loads(sparing.keeper.spares[-1].conversation.turns[1])["message"]
+    primed = max(sparing.keeper.spares, key=proxy.Claude.readiness)
+    answer = json.loads(primed.conversation.turns[1])["message"]
     kinds = [block["type"] for block in answer["content"]]
     assert kinds == ["thinking", "text", "tool_use"]
 
@@ -3493,8 +3496,8 @@ def test_spares_that_die_at_once_are_not_started_for_ever(make, tmp_path):
 def test_an_old_spare_is_renewed(sparing, monkeypatch):
     sparing.chat([user("a"), assistant("b"), user("c")])
     before = pids_of(sparing)
-    monkeypatch.setattr(proxy, "STARTED_SECONDS", 0.3)
-    monkeypatch.setattr(proxy, "SPARE_SECONDS", 0.6)
+    monkeypatch.setattr(proxy, "STARTED_SECONDS", 0.1)
+    monkeypatch.setattr(proxy, "SPARE_SECONDS", 0.2)
     counts = []
     until(lambda: counts.append(len(sparing.keeper.spares)) or sparing.server.backend.keeper.wake()
           or not before & {c.process.pid for c in sparing.keeper.spares})  # fmt: skip
@@ -3605,7 +3608,7 @@ def test_temporary_files_of_a_cli_go_with_it(server):
 
 
 def test_many_at_once_are_not_mixed_up(make):
-    one = make(spares=2, max_concurrency=64)
+    one = make(spares=2, max_concurrency=24)
     replies = {}
 
     def go(i):
@@ -3613,12 +3616,12 @@ def test_many_at_once_are_not_mixed_up(make):
             [user(f"q{i}"), assistant("x"), user(f"text{i}")], stream=bool(i % 2)
         ).content
 
-    threads = [threading.Thread(target=go, args=(i,)) for i in range(64)]
+    threads = [threading.Thread(target=go, args=(i,)) for i in range(24)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert replies == {i: f"You said: text{i} " for i in range(64)}
+    assert replies == {i: f"You said: text{i} " for i in range(24)}
 
 
 # ── Who may ask, and how ───────────────────────────────────────────────────────────
@@ -3973,17 +3976,11 @@ def running(*arguments, closed=""):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    argv = [
-        sys.executable,
-        proxy.__file__,
-        "--port",
-        str(port),
-        "--claude",
-        stand_in_path(),
-    ]
+    code = f"import claude_max_proxy as p; vars(p).update({SHORT}); p.main()"
+    argv = [sys.executable, "-c", code, "--port", str(port), "--claude", stand_in_path()]
     shell = ["sh", "-c", f'exec "$@" {closed}', "sh"]
     argv = [*shell, *argv, *arguments]
-    process = subprocess.Popen(argv, stderr=subprocess.PIPE)
+    process = subprocess.Popen(argv, stderr=subprocess.PIPE, cwd=HERE)
     try:
         until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
         yield process, port
@@ -4042,24 +4039,31 @@ def test_a_port_in_use():
     assert len(out.stderr.splitlines()) == 1
 
 
-def test_check_knows_a_server_that_runs_already(server):
-    out = command("--check", "--port", str(server.port), "--claude", stand_in_path())
-    assert out.returncode == 0 and "serves on port" in out.stdout
+def checked(capsys, **settings):
+    """--check -> (exit code, what it prints)."""
+    settings = {"port": 0, "claude": stand_in_path(), **settings}
+    return proxy.run_checks(proxy.Settings(**settings)), capsys.readouterr().out
+
+
+def test_check_knows_a_server_that_runs_already(server, capsys):
+    code, out = checked(capsys, port=server.port)
+    assert code == 0 and "serves on port" in out
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
-        out = command("--check", "--port", str(port), "--claude", stand_in_path())
-    assert out.returncode == 1 and "in use" in out.stdout
+        code, out = checked(capsys, port=taken.getsockname()[1])
+    assert code == 1 and "in use" in out
 
 
-def test_problems_with_the_cli_say_what_to_do(tmp_path):
-    (tmp_path / "claude").write_text("#!/bin/sh\necho what\n")
-    for mode, words in ((0o644, "chmod"), (0o755, "--version")):
-        (tmp_path / "claude").chmod(mode)
-        out = command("--check", "--port", "0", "--claude", str(tmp_path / "claude"))
-        assert out.returncode == 1 and words in out.stdout
-    for path, words in (("/nowhere", "does not exist"), (str(tmp_path), "is no file")):
-        assert words in command("--check", "--port", "0", "--claude", path).stdout
+def test_problems_with_the_cli_say_what_to_do(tmp_path, capsys):
+    path = tmp_path / "claude"
+    path.write_text("#!/bin/sh\necho what\n")
+    path.chmod(0o644)
+    code, out = checked(capsys, claude=str(path))
+    assert code == 1 and "chmod" in out
+    path.chmod(0o755)
+    assert "--version" in checked(capsys, claude=str(path))[1]
+    assert "does not exist" in checked(capsys, claude="/nowhere")[1]
+    assert "is no file" in checked(capsys, claude=str(tmp_path))[1]
 
 
 def test_an_old_python_is_told_what_is_needed(monkeypatch):
@@ -4072,14 +4076,15 @@ def test_an_old_python_is_told_what_is_needed(monkeypatch):
 def test_check():
     out = command("--check", "--port", "0", "--claude", stand_in_path())
     assert out.returncode == 0 and "2.1.330" in out.stdout and "logged in" in out.stdout
-    out = command(
-        "--check", "--port", "0", "--claude", stand_in_path(), STAND_IN_LOGIN="no"
-    )
-    assert out.returncode == 1 and "claude auth login" in out.stdout
-    out = command(
-        "--check", "--port", "0", "--claude", "/nowhere", ANTHROPIC_API_KEY="x"
-    )
-    assert out.returncode == 1 and "ANTHROPIC_API_KEY" in out.stdout
+
+
+def test_check_says_what_is_wrong(capsys, monkeypatch):
+    monkeypatch.setenv("STAND_IN_LOGIN", "no")
+    code, out = checked(capsys)
+    assert code == 1 and "claude auth login" in out
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "x")
+    code, out = checked(capsys, claude="/nowhere")
+    assert code == 1 and "ANTHROPIC_API_KEY" in out
 
 
 def child_of(connection):
@@ -4176,7 +4181,7 @@ def test_a_client_that_does_not_read_does_not_stop_the_stopping(make, monkeypatc
             {
                 "model": "opus",
                 "stream": True,
-                "messages": [user("mock:say=" + "x" * 9_000_000)],
+                "messages": [user("mock:say=" + "x" * 4_000_000)],
             }
         )
         head = POST + b"Content-Length: %d\r\n\r\n" % len(body)
@@ -4360,7 +4365,7 @@ TRANSCRIPTS = [
 
 def test_mutated_transcripts_are_an_answer_or_an_error():
     outcomes = set()
-    for seed in range(1500):
+    for seed in range(600):
         rng = random.Random(seed)
         lines = rng.choice(TRANSCRIPTS)
         for _ in range(rng.randrange(1, 4)):
@@ -4491,7 +4496,7 @@ def test_load_leaves_nothing_behind(tmp_path, monkeypatch):
     """LOAD_REQUESTS=500 of them; fewer by default, for speed."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    count, outcomes = int(os.environ.get("LOAD_REQUESTS", 60)), []
+    count, outcomes = int(os.environ.get("LOAD_REQUESTS", 30)), []
     with running("--spares", "2") as (process, port):
         drained = threading.Thread(target=process.stderr.read)
         drained.start()
@@ -4545,7 +4550,7 @@ def idle(pid, port):
 )
 def test_errors_and_log_hold_no_secret(make, logged, wish, stream, monkeypatch):
     monkeypatch.setenv("SOME_TOKEN", "SECRET")
-    one = make(timeout=0.5, api_key="SECRET", verbose=True)
+    one = make(timeout=0.3, api_key="SECRET", verbose=True)
     messages = [system("SECRET"), user(f"SECRET mock:{wish}")]
     body = {"model": "sonnet", "messages": messages, "stream": stream}
     reply = one.post(body, headers={"Authorization": "Bearer SECRET"})
@@ -4690,12 +4695,9 @@ def test_help_lists_every_option_with_its_default(capsys):
 
 
 def test_readmes_first_request_works(server):
-    curl = re.search(
-        r"^curl http://localhost:3456(\S+) \\\n  -d '(.*)'$", read("README.md"), re.M
-    )
-    reply = server.request(
-        "POST", curl[1], curl[2], {"Content-Type": "application/x-www-form-urlencoded"}
-    )
+    curl = re.search(r"^curl http://localhost:3456(\S+) -d '(.*)'$", read("README.md"), re.M)
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    reply = server.request("POST", curl[1], curl[2], form)
     assert reply.status == 200 and reply.content == "You said: Hello! "
 
 
