@@ -377,18 +377,15 @@ PARAMETERS = {
     "top_logprobs": Parameter((int,), REFUSED, "Claude gives none", (0,)),
     "modalities": Parameter((list,), REFUSED, "answers are text", (["text"],)),
     "audio": Parameter((dict,), REFUSED, "answers are text"),
-    "functions": Parameter((list,), REFUSED, "use tools and tool_choice", ([],)),
-    "function_call": Parameter(
-        (str, dict), REFUSED, "use tools and tool_choice", ("none",)
-    ),
+    "functions": Parameter((list,), REFUSED, "use tools", ([],)),
+    "function_call": Parameter((str, dict), REFUSED, "use tools", ("none",)),
     "web_search_options": Parameter((dict,), REFUSED, "there is no web search here"),
 }
+UNKNOWN = "previous_response_not_found"
+SHARED = "model stream tools tool_choice parallel_tool_calls temperature top_p user"
 RESPONSE_PARAMETERS = {
-    **{
-        name: PARAMETERS[name]
-        for name in "model stream tools tool_choice parallel_tool_calls temperature "
-        "top_p user metadata store top_logprobs".split()
-    },
+    **{name: PARAMETERS[name] for name in SHARED.split()},
+    **{name: PARAMETERS[name] for name in ("metadata", "store", "top_logprobs")},
     "input": Parameter((str, list), HONOURED, "a text, or items turn for turn"),
     "instructions": Parameter((str,), HONOURED, "the first system text"),
     "text": Parameter((dict,), HONOURED, "format: text, json_object, json_schema"),
@@ -401,9 +398,7 @@ RESPONSE_PARAMETERS = {
     "service_tier": Parameter((str,), IGNORED, NO_KNOB),
     "truncation": Parameter((str,), IGNORED, NO_KNOB),
     "stream_options": Parameter((dict,), IGNORED, "usage is always told"),
-    "previous_response_id": Parameter(
-        (str,), REFUSED, "nothing is stored", (), "previous_response_not_found"
-    ),
+    "previous_response_id": Parameter((str,), REFUSED, "nothing is stored", (), UNKNOWN),
     "conversation": Parameter((str, dict), REFUSED, "nothing is stored"),
     "prompt": Parameter((dict,), REFUSED, "nothing is stored"),
     "background": Parameter((bool,), REFUSED, "nothing is stored", (False,)),
@@ -441,13 +436,13 @@ class Setup(NamedTuple):
 
 
 Names = Dict[str, str]  # a name at the API -> the client's
+Properties = Dict[str, Names]  # those of each tool's properties
 
 
 class Ask(NamedTuple):
     """All that one request asks for. `requested` is the client's name of the model,
     `model` the CLI's. `turns` are Messages API messages, the last one a user's. `names`
-    are those of tools, `properties` those of each tool's properties. With `structured`
-    the arguments of STRUCTURED_OUTPUT are the answer's content. For /v1/responses:
+    are those of the tools. With `structured` the arguments of STRUCTURED_OUTPUT are the answer's content. For /v1/responses:
     `summary`, whether to show thoughts; `origins`, the fields of a call's item by the
     tool's name; `echo`, see ECHO."""
 
@@ -457,7 +452,7 @@ class Ask(NamedTuple):
     setup: Setup
     turns: List[Json]
     names: Names = {}
-    properties: Dict[str, Names] = {}
+    properties: Properties = {}
     structured: bool = False
     stream: bool = False
     include_usage: bool = False
@@ -483,6 +478,7 @@ class Thought(NamedTuple):
 
 
 Thoughts = Dict[str, Thought]  # by the id of the answer's first tool call
+Texts = Dict[str, str]  # of messages of /v1/responses, by the id of the item
 
 
 def parse_json(raw: bytes) -> Any:
@@ -572,15 +568,14 @@ def parse_parameters(body: Any, table: Dict[str, Parameter], needed: str) -> Jso
     return {"tools": [], "tool_choice": "auto", **body}
 
 
-def parse_response(body: Any, thoughts: Thoughts, texts: Dict[str, str]) -> Ask:
+def parse_response(body: Any, thoughts: Thoughts, texts: Texts) -> Ask:
     """A request of /v1/responses -> Ask. `texts`: what earlier answers said, by the id
     of the item. Raises APIError 400 or 404."""
     body = parse_parameters(body, RESPONSE_PARAMETERS, "input")
     model, script = cli_model(body["model"]), Transcript()
     script.add_system([text_block(body.get("instructions", ""))])
-    items = body["input"]
-    if isinstance(items, str):
-        items = [{"role": "user", "content": items}]
+    said = body["input"]
+    items = [{"role": "user", "content": said}] if isinstance(said, str) else said
     for i, item in enumerate(items):
         add_item(script, item, f"input[{i}]", texts)
     functions, origins = response_tools(body["tools"])
@@ -744,21 +739,22 @@ def response_tools(tools: List[Any]) -> Tuple[List[Function], Dict[str, Json]]:
             known = ", ".join(TOOL_TYPES)
             message = f"Tools of type '{kind[:50]}' are not supported; {known} are."
             raise bad(where + ".type", message, "unsupported_tool")
+        if TOOL_TYPES[kind][0] == IGNORED:
+            continue
+        name = want(tool, "name", (str,), where)
         if kind == "namespace":
-            space = want(tool, "name", (str,), where)
             for j, inner in enumerate(want(tool, "tools", (list,), where)):
                 at = f"{where}.tools[{j}]"
-                name = want(check(inner, (dict,), at), "name", (str,), at)
-                functions.append(({**inner, "name": f"{space}__{name}"}, at))
-                origins[f"{space}__{name}"] = {"name": name, "namespace": space}
-        elif TOOL_TYPES[kind][0] == HONOURED:
-            functions.append((tool, where))
+                own = want(check(inner, (dict,), at), "name", (str,), at)
+                functions.append(({**inner, "name": f"{name}__{own}"}, at))
+                origins[f"{name}__{own}"] = {"name": own, "namespace": name}
+            continue
         if kind == "custom":
-            name = want(tool, "name", (str,), where)
+            text = {"type": "string", "description": json.dumps(tool.get("format"))}
+            schema = {"properties": {"input": text}, "required": ["input"]}
+            tool = {**tool, "parameters": schema}
             origins[name] = {"type": "custom_tool_call", "name": name}
-            about = {"type": "string", "description": json.dumps(tool.get("format"))}
-            schema = {"properties": {"input": about}, "required": ["input"]}
-            functions[-1] = {**tool, "parameters": schema}, where
+        functions.append((tool, where))
     return functions, origins
 
 
@@ -1012,17 +1008,14 @@ class Transcript:
 
     def expect_no_open_call(self) -> None:
         for name, (where, _) in self.open.items():
-            message = f"The tool call '{name[:100]}' has no response; each call needs one."
-            raise bad(where, message)
+            raise bad(where, f"The tool call '{name[:100]}' has no response.")
 
     def called(self) -> List[str]:
         """The names of the tools in the conversation."""
         blocks = [block for turn in self.turns for block in turn["content"]]
         return sorted({b["name"] for b in blocks if b["type"] == "tool_use"})
 
-    def recall(
-        self, thoughts: Thoughts, model: str, properties: Dict[str, Names]
-    ) -> None:
+    def recall(self, thoughts: Thoughts, model: str, properties: Properties) -> None:
         """Put back what the client does not know: signed thinking, and the names that
         the API accepts for properties."""
         for turn in self.turns[self.ready :]:
@@ -1042,9 +1035,7 @@ class Transcript:
             self.add("user", [text_block(CONTINUE if self.turns else BEGIN)])
 
 
-def add_item(
-    script: Transcript, item: Any, where: str, texts: Dict[str, str]
-) -> None:
+def add_item(script: Transcript, item: Any, where: str, texts: Texts) -> None:
     """Add an item of `input`. `texts` as in parse_response()."""
     kind = may(check(item, (dict,), where), "type", (str,), where) or "message"
     if kind not in ITEM_TYPES:
@@ -1069,9 +1060,9 @@ def add_item(
         if kind == "custom_tool_call":
             text = want(item, "input", (str,), where)
             item = {**item, "arguments": json.dumps({"input": text})}
-        space = may(item, "namespace", (str,), where)
-        name = want(item, "name", (str,), where)
-        script.add_call(id, {**item, "name": f"{space}__{name}" if space else name}, where)
+        space, name = may(item, "namespace", (str,), where), item.get("name")
+        item = {**item, "name": f"{space}__{name}"} if space else item
+        script.add_call(id, item, where)
 
 
 ITEM_TYPES = {  # of /v1/responses; all others are refused
@@ -1160,7 +1151,8 @@ def image_part(part: Json, where: str) -> Json:
     if kind not in ("image/png", "image/jpeg", "image/gif", "image/webp"):
         message = f"'{where}' holds {kind[:50]}; the API takes PNG, JPEG, GIF and WebP."
         raise bad(where + ".url", message, "unsupported_media_type")
-    return {"type": "image", "source": base64_source(kind, data)}
+    source = {"type": "base64", "media_type": kind, "data": data}
+    return {"type": "image", "source": source}
 
 
 def file_part(holder: Json, where: str) -> Json:
@@ -1331,8 +1323,8 @@ def turn_line(turn: Json, place: int, version: Version) -> Json:
 
 
 def query_lines(ask: Ask, version: Version) -> List[Json]:
-    """The options of this request, if it has any (reading them takes the CLI 10 ms), and
-    the last turn, which starts the model."""
+    """The options of this request, if it has any (the CLI takes 10 ms to read them); the
+    last turn, which starts the model."""
     options, env = ask.options, {}
     if options.effort:
         env["CLAUDE_CODE_EFFORT_LEVEL"] = options.effort
@@ -1567,7 +1559,7 @@ class Claude:
     reaps the process.
 
     `todo` holds the lines that are not sent yet. `waiting` is set while the result of
-    an earlier turn is missing. `conversation` is what it has been sent, counting `todo`.
+    an earlier turn is missing. `conversation` is what it was sent, counting `todo`.
     `home` is a directory that holds CWD. The CLI gets a directory for its temporary
     files there, which is removed with the process.
     """
@@ -1578,7 +1570,6 @@ class Claude:
         self.tools: List[Json] = []
         self.todo: collections.deque = collections.deque()  # (line, whether to wait)
         self.outbox = bytearray()
-        self.stdin_watched = False  # by the owner's selector
         self.waiting = False
         self.ended = False  # its output
         self.partial: List[bytes] = []  # of a line without its end
@@ -1869,17 +1860,14 @@ def watch(selector: selectors.BaseSelector, claude: Claude) -> None:
 
 def watch_stdin(selector: selectors.BaseSelector, claude: Claude) -> None:
     """Wait for room in its stdin while there is something to write, and only then."""
-    if bool(claude.outbox) is claude.stdin_watched:
-        return
-    claude.stdin_watched = not claude.stdin_watched
-    if claude.stdin_watched:
+    watched = claude.stdin in selector.get_map()
+    if claude.outbox and not watched:
         selector.register(claude.stdin, selectors.EVENT_WRITE, claude)
-    else:
+    elif watched and not claude.outbox:
         selector.unregister(claude.stdin)
 
 
 def unwatch(selector: selectors.BaseSelector, claude: Claude) -> None:
-    claude.stdin_watched = False
     for pipe in claude.pipes:
         with contextlib.suppress(KeyError):
             selector.unregister(pipe)
@@ -2213,21 +2201,16 @@ class Answer:
 
     def on_block_delta(self, event: Json) -> Deltas:
         delta = event["delta"]
-        kind = delta["type"]
-        if kind == "text_delta":
-            self.block["text"] += delta["text"]
-            return self.say(delta["text"])
-        if kind == "input_json_delta":
+        field = delta["type"][: -len("_delta")]
+        if field == "input_json":
             self.pieces.append(string(delta["partial_json"]))
             if self.ask.properties.get(self.block.get("name")):
                 return None  # said as a whole, by the client's names
             return self.say(delta["partial_json"])
-        if kind == "thinking_delta":
-            self.block["thinking"] += delta["thinking"]
-            return self.say(delta["thinking"])
-        if kind == "signature_delta":
-            self.block["signature"] += delta["signature"]
-        return None
+        if field not in ("text", "thinking", "signature"):
+            return None
+        self.block[field] += delta[field]
+        return self.say(delta[field]) if field != "signature" else None
 
     def on_block_stop(self, event: Json) -> Deltas:
         block, text = self.block, "".join(self.pieces)
@@ -2425,10 +2408,13 @@ def open_end(text: str, stop: str) -> int:
 class Reply:
     """A chat completion: its answers, and how they are written, streamed or not."""
 
+    prefix = "chatcmpl-"
+
     def __init__(self, ask: Ask, id: str, created: int):
-        self.ask, self.id, self.created = ask, id, created
+        self.ask, self.id, self.created = ask, self.prefix + id, created
         self.answers = [Answer(ask, index, created) for index in range(ask.n)]
         self.first: Optional[float] = None  # seconds until its first token
+        self.texts: Texts = {}
 
     @property
     def model(self) -> str:
@@ -2486,10 +2472,6 @@ class Reply:
         head = {"id": self.id, "object": "chat.completion", "created": self.created}
         return {**head, "model": self.model, "choices": choices, "usage": self.usage()}
 
-    def texts(self) -> Dict[str, str]:
-        """What it says, by the id of the item, if a client may refer to it."""
-        return {}
-
     def notes(self) -> Json:
         """What the log says of it."""
         notes: Json = {"model": printable(self.model)[:60]}
@@ -2503,31 +2485,31 @@ class Reply:
         return notes
 
 
-STATUSES = {  # our finish_reason -> the status of a response
-    None: "in_progress",
-    "stop": "completed",
-    "tool_calls": "completed",
-    "length": "incomplete",
-    "content_filter": "failed",
+REFUSAL = "Claude refused to answer this request."
+# The type of an item -> its event of text, and the field that holds the text in it.
+TEXT_EVENTS = {
+    "message": ("output_text", "text"),
+    "reasoning": ("reasoning_summary_text", "text"),
+    "function_call": ("function_call_arguments", "arguments"),
+    "custom_tool_call": ("custom_tool_call_input", "input"),
 }
-# The type of an item -> its event of text, the field of the text in it, its event of a
-# part, and the field with the part's index.
-ITEM_EVENTS = {
-    "message": ("output_text", "text", "content_part", "content_index"),
-    "reasoning": (
-        "reasoning_summary_text", "text", "reasoning_summary_part", "summary_index",
-    ),
-    "function_call": ("function_call_arguments", "arguments", "", ""),
-    "custom_tool_call": ("custom_tool_call_input", "input", "", ""),
-}  # fmt: skip
+# Where the text is a part: the field of the parts, their event, index, and empty part.
+OUTPUT_PART = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+SUMMARY_PART = {"type": "summary_text", "text": ""}
+PART_EVENTS = {
+    "message": ("content", "content_part", "content_index", OUTPUT_PART),
+    "reasoning": ("summary", "reasoning_summary_part", "summary_index", SUMMARY_PART),
+}
 
 
 class ResponseReply(Reply):
-    """The same for /v1/responses: one item after another, each with its events.
+    """A response of /v1/responses: one item after another, each with its events.
 
     `output` holds the items, `channel` that of the open one (see Answer), `pieces` its
-    text, `events` what is to be sent.
+    text so far, `events` what is to be sent.
     """
+
+    prefix = "resp_"
 
     def __init__(self, ask: Ask, id: str, created: int):
         super().__init__(ask, id, created)
@@ -2543,19 +2525,23 @@ class ResponseReply(Reply):
         self.sequence += 1
         self.events.append(f"event: {type}\ndata: {json.dumps(event)}\n\n")
 
+    def emit_inside(self, event: str, **fields: Any) -> None:
+        """An event inside the open item."""
+        item = self.output[-1]
+        head = {"output_index": len(self.output) - 1, "item_id": item["id"]}
+        if item["type"] in PART_EVENTS:
+            head[PART_EVENTS[item["type"]][2]] = 0
+        self.emit(f"response.{event}", **head, **fields)
+
+    def emit_item(self, name: str) -> None:
+        place, item = len(self.output) - 1, self.output[-1]
+        self.emit(f"response.output_item.{name}", output_index=place, item=item)
+
     def flush(self) -> str:
         events, self.events = "".join(self.events), []
         return events
 
-    def emit_of_item(self, type: str, **fields: Any) -> None:
-        """An event of the open item."""
-        place, item = len(self.output) - 1, self.output[-1]
-        index = ITEM_EVENTS[item["type"]][3]
-        about = {"output_index": place, "item_id": item["id"]}
-        self.emit(f"response.{type}", **about, **({index: 0} if index else {}), **fields)
-
     def event(self, delta: Delta) -> str:
-        """"" for a delta that adds nothing."""
         if not self.sequence:
             self.begin()
         for channel, text in delta["delta"].items():
@@ -2566,77 +2552,77 @@ class ResponseReply(Reply):
             hidden = channel == "reasoning_content" and not self.ask.summary
             if (text or call) and channel != "role" and not hidden:
                 self.add(channel, text, call)
-        if delta["finish_reason"]:
-            self.close("incomplete" if delta["finish_reason"] == "length" else "completed")
-            self.channel = None
+        reason = delta["finish_reason"]
+        if reason == "content_filter":
+            self.error = {"code": "invalid_prompt", "message": REFUSAL}
+        if reason:
+            self.close("incomplete" if reason == "length" else "completed")
         return self.flush()
-
-    def add(self, channel: Any, text: str, call: Json) -> None:
-        if channel != self.channel:
-            self.close("completed")
-            self.open(channel, call)
-        self.pieces.append(text)
-        item = self.output[-1]
-        if text and item["type"] != "custom_tool_call":  # its input is known at the end
-            extra = {"logprobs": []} if item["type"] == "message" else {}
-            kind = ITEM_EVENTS[item["type"]][0]
-            self.emit_of_item(kind + ".delta", delta=text, **extra)
-
-    def open(self, channel: Any, call: Json) -> None:
-        """Begin an item."""
-        self.channel, self.pieces = channel, []
-        id = f"{self.id[len('resp_'):]}{len(self.output)}"
-        item: Json = {"type": "message", "id": f"msg_{id}", "role": "assistant"}
-        item.update(status="in_progress", content=[])
-        if channel == "reasoning_content":
-            item = {"type": "reasoning", "id": f"rs_{id}", "summary": []}
-        elif call:
-            name = call["function"]["name"]
-            item = {"type": "function_call", "id": f"fc_{id}", "call_id": call["id"]}
-            item.update(self.ask.origins.get(name, {"name": name}))
-            item.update({"status": "in_progress", ITEM_EVENTS[item["type"]][1]: ""})
-        self.output.append(item)
-        place = len(self.output) - 1
-        self.emit("response.output_item.added", output_index=place, item=item)
-        if not call:
-            kind = ITEM_EVENTS[item["type"]][2]
-            self.emit_of_item(kind + ".added", part=response_part(item, ""))
-
-    def close(self, status: str) -> None:
-        """End the open item, if any."""
-        if self.channel is None:
-            return
-        item, text = self.output[-1], "".join(self.pieces)
-        kind, field, part_kind, _ = ITEM_EVENTS[item["type"]]
-        if item["type"] == "custom_tool_call":
-            text = str(parse_arguments_of_call(text).get("input", text))
-            self.emit_of_item(kind + ".delta", delta=text)
-        name = {"name": item["name"]} if "name" in item else {}
-        self.emit_of_item(kind + ".done", **{field: text}, **name)
-        if part_kind:
-            part = response_part(item, text)
-            self.emit_of_item(part_kind + ".done", part=part)
-            item["summary" if item["type"] == "reasoning" else "content"] = [part]
-        else:
-            item[field] = text
-        if "status" in item:
-            item["status"] = status
-        place = len(self.output) - 1
-        self.emit("response.output_item.done", output_index=place, item=item)
 
     def begin(self) -> None:
         if not self.sequence:
             self.emit("response.created", response=self.completion())
         self.emit("response.in_progress", response=self.completion())
 
+    def add(self, channel: Any, text: str, call: Json) -> None:
+        if channel != self.channel:
+            self.close("completed")
+            self.open(channel, call)
+        self.pieces.append(text)
+        kind = self.output[-1]["type"]
+        if text and kind != "custom_tool_call":  # its input is known at the end
+            extra = {"logprobs": []} if kind == "message" else {}
+            self.emit_inside(TEXT_EVENTS[kind][0] + ".delta", delta=text, **extra)
+
+    def open(self, channel: Any, call: Json) -> None:
+        """Begin an item."""
+        self.channel, self.pieces = channel, []
+        id = f"{self.id[len(self.prefix) :]}{len(self.output)}"
+        if call:
+            name = call["function"]["name"]
+            item = {"type": "function_call", "id": f"fc_{id}", "call_id": call["id"]}
+            item.update(self.ask.origins.get(name, {"name": name}))
+            item.update({TEXT_EVENTS[item["type"]][1]: "", "status": "in_progress"})
+        elif channel == "content":
+            item = {"type": "message", "id": f"msg_{id}", "role": "assistant"}
+            item.update(status="in_progress", content=[])
+        else:
+            item = {"type": "reasoning", "id": f"rs_{id}", "summary": []}
+        self.output.append(item)
+        self.emit_item("added")
+        if not call:
+            _, event, _, part = PART_EVENTS[item["type"]]
+            self.emit_inside(event + ".added", part=part)
+
+    def close(self, status: str) -> None:
+        """End the open item, if any."""
+        if self.channel is None:
+            return
+        item, text, self.channel = self.output[-1], "".join(self.pieces), None
+        event, field = TEXT_EVENTS[item["type"]]
+        if item["type"] == "custom_tool_call":
+            text = str(parse_arguments_of_call(text).get("input", text))
+            self.emit_inside(event + ".delta", delta=text)
+        name = {"name": item["name"]} if "name" in item else {}
+        self.emit_inside(event + ".done", **{field: text}, **name)
+        if item["type"] in PART_EVENTS:
+            parts, event, _, part = PART_EVENTS[item["type"]]
+            item[parts] = [{**part, "text": text}]
+            self.texts.update({item["id"]: text} if parts == "content" else {})
+            self.emit_inside(event + ".done", part=item[parts][0])
+        else:
+            item[field] = text
+        item.update({"status": status} if "status" in item else {})
+        self.emit_item("done")
+
     def alive(self) -> str:
         self.begin()
         return self.flush()
 
     def end(self) -> str:
-        response = self.completion()
-        if response["error"]:
+        if self.error:
             return self.fail(APIError(400, REFUSAL, "invalid_prompt"))
+        response = self.completion()
         self.emit(f"response.{response['status']}", response=response)
         return self.flush()
 
@@ -2650,36 +2636,21 @@ class ResponseReply(Reply):
 
     def completion(self) -> Json:
         """The response as it is now."""
-        reason, error = self.answers[0].finish_reason, self.error
-        if reason == "content_filter":
-            error = error or {"code": "invalid_prompt", "message": REFUSAL}
-        cut = {"reason": "max_output_tokens"} if reason == "length" else None
-        status = "failed" if error else STATUSES[reason]
+        reason = self.answers[0].finish_reason
+        status, cut = "completed" if reason else "in_progress", None
+        if reason == "length":
+            status, cut = "incomplete", {"reason": "max_output_tokens"}
+        if self.error:
+            status = "failed"
         response = {"id": self.id, "object": "response", "created_at": self.created}
-        response.update(status=status, model=self.model, error=error)
-        response.update(incomplete_details=cut, output=self.output)
-        response["usage"] = self.response_usage() if reason else None
-        return {**response, **self.ask.echo, "previous_response_id": None, "store": False}
-
-    def response_usage(self) -> Json:
-        usage = self.usage()
-        names = {"prompt": "input", "completion": "output", "total": "total"}
-        found = {f"{ours}_tokens": usage[f"{chat}_tokens"] for chat, ours in names.items()}
-        found["input_tokens_details"] = usage["prompt_tokens_details"]
-        return {**found, "output_tokens_details": usage["completion_tokens_details"]}
-
-    def texts(self) -> Dict[str, str]:
-        messages = [item for item in self.output if item["type"] == "message"]
-        return {item["id"]: item["content"][0]["text"] for item in messages}
-
-
-def response_part(item: Json, text: str) -> Json:
-    if item["type"] == "reasoning":
-        return {"type": "summary_text", "text": text}
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-
-REFUSAL = "Claude refused to answer this request."
+        response.update(status=status, model=self.model, error=self.error)
+        response.update(incomplete_details=cut, output=self.output, usage=None)
+        response.update(self.ask.echo, previous_response_id=None, store=False)
+        if reason:  # chat's, by the names of this endpoint
+            names = {k: k.replace("prompt", "input") for k in self.usage()}
+            names = {k: v.replace("completion", "output") for k, v in names.items()}
+            response["usage"] = {names[k]: v for k, v in self.usage().items()}
+        return response
 
 
 # ── One answer ─────────────────────────────────────────────────────────────────────
@@ -2722,12 +2693,11 @@ class Gate:
 
     def admits(self, ticket: object, places: int) -> bool:
         """Whether this one is next, now or within TICK_SECONDS."""
-
-        def is_next() -> bool:
-            return self.queue[0] is ticket and self.active + places <= self.width
-
         with self.changed:
-            admitted = self.changed.wait_for(is_next, TICK_SECONDS)
+            admitted = self.changed.wait_for(
+                lambda: self.queue[0] is ticket and self.active + places <= self.width,
+                TICK_SECONDS,
+            )
             self.active += places if admitted else 0
             return admitted
 
@@ -2753,7 +2723,7 @@ class Backend:
         self.installation = Installation(settings.claude)
         self.keeper = Keeper(self.installation, settings.spares)
         self.thoughts: Thoughts = {}
-        self.texts: Dict[str, str] = {}  # of the last responses, by the id of the item
+        self.texts: Texts = {}
         self.rate_limit: Optional[Json] = None
         self.started = time.monotonic()
         self.stopping = False
@@ -2810,7 +2780,7 @@ class Backend:
             if answer.calls and any("thinking" in b["type"] for b in answer.blocks):
                 thought = Thought(reply.ask.model, answer.model, answer.blocks)
                 self.thoughts[answer.calls[0]["id"]] = thought
-        self.texts.update(reply.texts())
+        self.texts.update(reply.texts)
         for store in (self.thoughts, self.texts):
             while len(store) > MAX_THOUGHTS:
                 store.pop(next(iter(list(store))), None)
@@ -3057,7 +3027,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path, _, model = path.partition("/models/")
         methods = self.ROUTES.get("/models/" if model else path)
         if methods and "websocket" in self.headers.get("Upgrade", "").lower():
-            message = "WebSockets are not supported here; POST is."  # Codex then does so
+            message = "Use POST, not a WebSocket."  # Codex does so then
             raise APIError(426, message, headers={"Upgrade": "HTTP/1.1"})
         if methods is None:
             message = f"There is no {self.path[:100]} here. Try /v1/chat/completions."
@@ -3093,20 +3063,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_json(200, model_object(model))
 
     def post_chat(self) -> None:
-        ask = parse_chat(self.read_json(), self.backend.thoughts)
-        self.respond(Reply(ask, "chatcmpl-" + os.urandom(12).hex(), int(time.time())))
+        self.respond(Reply, parse_chat(self.read_json(), self.backend.thoughts))
 
     def post_response(self) -> None:
         backend = self.backend
         ask = parse_response(self.read_json(), backend.thoughts, backend.texts)
-        name = "resp_" + os.urandom(12).hex()
-        self.respond(ResponseReply(ask, name, int(time.time())))
+        self.respond(ResponseReply, ask)
 
-    def respond(self, reply: Reply) -> None:
-        self.reply = reply
+    def respond(self, kind: Any, ask: Ask) -> None:
+        """`kind`: Reply, or a subclass."""
+        reply = self.reply = kind(ask, os.urandom(12).hex(), int(time.time()))
         try:
             with contextlib.closing(self.backend.deltas(reply, self.reader)) as deltas:
-                if reply.ask.stream:
+                if ask.stream:
                     return self.stream(deltas)
                 for delta in filter(None, deltas):
                     reply.event(delta)
@@ -3219,8 +3188,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection.sendall(data)
 
     def stream(self, deltas: Iterator[Optional[Delta]]) -> None:
-        """Send events. The status line waits for the first one, so that a failure before
-        it has a status of its own. In silence an event that changes nothing is sent. (A
+        """Send events. The status line waits for the first one: a failure before it has
+        a status of its own. In silence an event that changes nothing is sent. (A
         comment would not reset the watchdogs of some clients.)"""
         reply, spoke = self.reply, time.monotonic()
         try:

@@ -2869,7 +2869,7 @@ def test_response(server):
 
 def fed(said, **parameters):
     """A ResponseReply for what a model says, and its events."""
-    reply = proxy.ResponseReply(response_of(**parameters), "resp_0", 0)
+    reply = proxy.ResponseReply(response_of(**parameters), "0", 0)
     answer, lines = reply.answers[0], transcript(said)
     sent = "".join(reply.event(delta) for line in lines for delta in answer.feed(line))
     return reply, sent + reply.end()
@@ -2996,7 +2996,7 @@ def test_a_refusal_is_a_failed_response(server):
     (400, "context_length_exceeded", "context_length_exceeded"), (502, None, "server_error"),
 ])  # fmt: skip
 def test_failures_inside_a_response(status, code, ours):
-    reply = proxy.ResponseReply(response_of(), "resp_0", 0)
+    reply = proxy.ResponseReply(response_of(), "0", 0)
     begun = reply.alive()
     sent = reply.fail(proxy.APIError(status, "why", code))
     assert shown(begun + sent)[-2:] == [f"error: {code}", "failed: failed"]
