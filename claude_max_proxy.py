@@ -6,13 +6,14 @@
       -d '{"model":"sonnet","messages":[{"role":"user","content":"Hello!"}]}'
 
 It runs your logged-in Claude Code CLI (`claude -p`), one process for each answer, and
-speaks OpenAI's chat completions: streamed or not, tools, images, structured output.
-One file, the standard library only.
+speaks OpenAI's chat completions and Responses: streamed or not, tools, images,
+structured output. One file, the standard library only.
 
 The way of a request:
 
     client ──HTTP──► Handler.answer()     one thread for each connection
-                        │ guard(), read_json(), parse_chat() → Ask         (pure)
+                        │ guard(), read_json()
+                        │ parse_chat() or parse_response() → Ask           (pure)
                         ▼
                      Backend.deltas()     one generator for one response
                         │ Gate.enter():    waits for a place
@@ -23,7 +24,8 @@ The way of a request:
                         │ Answer.feed():   CLI line → deltas               (pure)
                         ▼
     client ◄──SSE─── Handler.stream()     one event for each delta, or
-    client ◄──JSON── Reply.completion()   what the deltas add up to
+    client ◄──JSON── Reply.completion()   what the deltas add up to; ResponseReply
+                                          writes the same for /v1/responses
 
 The main thread runs Server.run(): it accepts connections and looks after the spare
 processes. There are no other threads.
@@ -67,6 +69,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import urllib.parse
 from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple
 
@@ -316,14 +319,11 @@ def is_loopback(host: str) -> bool:
 
 # ── Request ────────────────────────────────────────────────────────────────────────
 # OpenAI's JSON -> an Ask. Pure: no sockets, processes or clock. To support a new
-# parameter, add a row to PARAMETERS and read it in parse_chat(). To support a new kind
-# of content, add a row to PARTS.
+# parameter, add a row to PARAMETERS or RESPONSE_PARAMETERS, and read it in parse_chat()
+# or parse_response(). To support a new kind of content, add a row to PARTS.
 
-MODELS = {  # our id -> the CLI's alias for the newest model of the family
-    "claude-opus-4": "opus",
-    "claude-sonnet-4": "sonnet",
-    "claude-haiku-4": "haiku",
-}
+# Our id -> the CLI's alias for the newest model of the family.
+MODELS = {f"claude-{alias}-4": alias for alias in ("opus", "sonnet", "haiku")}
 KNOWN_MODELS = [*MODELS, *MODELS.values()]
 MODEL_ID = re.compile(r"claude-[A-Za-z0-9.:_\[\]-]{1,120}")
 # Models whose thinking has a budget. In a tool loop the API wants their signed thinking
@@ -349,7 +349,7 @@ class Parameter(NamedTuple):
     code: str = "unsupported_parameter"
 
 
-NO_KNOB = "Claude Code has no such knob"
+NO_KNOB, NO_STORE = "Claude Code has no such knob", "nothing is stored"
 PARAMETERS = {
     "model": Parameter((str,), HONOURED, "see Models"),
     "messages": Parameter((list,), HONOURED, "turn for turn, in their native roles"),
@@ -371,8 +371,8 @@ PARAMETERS = {
     "seed": Parameter((int,), IGNORED, NO_KNOB),
     "logit_bias": Parameter((dict,), IGNORED, NO_KNOB),
     "user": Parameter((str,), IGNORED, NO_KNOB),
-    "metadata": Parameter((dict,), IGNORED, "nothing is stored"),
-    "store": Parameter((bool,), IGNORED, "nothing is stored"),
+    "metadata": Parameter((dict,), IGNORED, NO_STORE),
+    "store": Parameter((bool,), IGNORED, NO_STORE),
     "logprobs": Parameter((bool,), REFUSED, "Claude gives none", (False,)),
     "top_logprobs": Parameter((int,), REFUSED, "Claude gives none", (0,)),
     "modalities": Parameter((list,), REFUSED, "answers are text", (["text"],)),
@@ -397,11 +397,11 @@ RESPONSE_PARAMETERS = {
     "safety_identifier": Parameter((str,), IGNORED, NO_KNOB),
     "service_tier": Parameter((str,), IGNORED, NO_KNOB),
     "truncation": Parameter((str,), IGNORED, NO_KNOB),
-    "stream_options": Parameter((dict,), IGNORED, "usage is always told"),
-    "previous_response_id": Parameter((str,), REFUSED, "nothing is stored", (), UNKNOWN),
-    "conversation": Parameter((str, dict), REFUSED, "nothing is stored"),
-    "prompt": Parameter((dict,), REFUSED, "nothing is stored"),
-    "background": Parameter((bool,), REFUSED, "nothing is stored", (False,)),
+    "stream_options": Parameter((dict,), IGNORED, "usage is always sent"),
+    "previous_response_id": Parameter((str,), REFUSED, NO_STORE, (), UNKNOWN),
+    "conversation": Parameter((str, dict), REFUSED, NO_STORE),
+    "prompt": Parameter((dict,), REFUSED, NO_STORE),
+    "background": Parameter((bool,), REFUSED, NO_STORE, (False,)),
 }
 TOOL_TYPES = {  # of /v1/responses; all others are refused
     "function": (HONOURED, "the client runs them"),
@@ -410,7 +410,7 @@ TOOL_TYPES = {  # of /v1/responses; all others are refused
     "web_search": (IGNORED, "Codex offers them; Claude has none here"),
     "tool_search": (IGNORED, "Codex offers them; Claude has none here"),
 }
-ECHO: Json = {  # what a response tells of its request, and the defaults
+ECHO: Json = {  # what a response repeats of its request, and the defaults
     "instructions": None, "max_output_tokens": None, "metadata": {},
     "parallel_tool_calls": True, "reasoning": None, "temperature": None,
     "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [],
@@ -419,7 +419,7 @@ ECHO: Json = {  # what a response tells of its request, and the defaults
 
 
 class QueryOptions(NamedTuple):
-    """What a process is told with the last turn. `tool_choice` is the Messages API's,
+    """What a process is sent with the last turn. `tool_choice` is the Messages API's,
     as JSON. "" and 0 leave the CLI its default."""
 
     effort: str = ""
@@ -429,7 +429,7 @@ class QueryOptions(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """What `initialize` tells a process, once: a second one would not replace it."""
+    """What `initialize` gives a process, once: a second one would not replace it."""
 
     system: str = ""
     tools: Tuple[Json, ...] = ()  # as MCP lists them
@@ -442,9 +442,10 @@ Properties = Dict[str, Names]  # those of each tool's properties
 class Ask(NamedTuple):
     """All that one request asks for. `requested` is the client's name of the model,
     `model` the CLI's. `turns` are Messages API messages, the last one a user's. `names`
-    are those of the tools. With `structured` the arguments of STRUCTURED_OUTPUT are the answer's content. For /v1/responses:
-    `summary`, whether to show thoughts; `origins`, the fields of a call's item by the
-    tool's name; `echo`, see ECHO."""
+    are those of the tools. With `structured` the arguments of STRUCTURED_OUTPUT are the
+    answer's content. For /v1/responses: `summary`, whether to show thoughts; `origins`,
+    the fields of a call's item by the tool's name; `echo`, see ECHO.
+    """
 
     requested: str
     model: str
@@ -573,7 +574,7 @@ def parse_response(body: Any, thoughts: Thoughts, texts: Texts) -> Ask:
     of the item. Raises APIError 400 or 404."""
     body = parse_parameters(body, RESPONSE_PARAMETERS, "input")
     model, script = cli_model(body["model"]), Transcript()
-    script.add_system([text_block(body.get("instructions", ""))])
+    script.add_system(parse_parts(body.get("instructions", ""), "instructions", TEXT))
     said = body["input"]
     items = [{"role": "user", "content": said}] if isinstance(said, str) else said
     for i, item in enumerate(items):
@@ -793,7 +794,7 @@ JSON_TYPES = ("object", "array", "string", "number", "integer", "boolean", "null
 
 def object_schema(schema: Json, where: str) -> Json:
     """`schema` as the API and the CLI accept it: an object at the top, each property an
-    object, and no combinator at the top (the description tells the model about it).
+    object, and no combinator at the top (the description has it instead).
     Raises APIError 400 for what can't mean an object."""
     kind = "object" if schema.get("type") is None else schema["type"]
     if kind != "object" and not (isinstance(kind, list) and "object" in kind):
@@ -901,10 +902,8 @@ def parse_choice(choice: Any, names: Names, parallel: bool) -> Json:
 
 def structured_choice(choice: Json, names: Names) -> Json:
     """The tool_choice that allows the JSON, or a call of a client's tool, alone."""
-    if names and choice.get("type") != "none":
-        forced: Json = {"type": "any"}
-    else:
-        forced = {"type": "tool", "name": STRUCTURED_OUTPUT}
+    alone = not names or choice.get("type") == "none"
+    forced = {"type": "tool", "name": STRUCTURED_OUTPUT} if alone else {"type": "any"}
     return {**forced, "disable_parallel_tool_use": True}
 
 
@@ -1164,12 +1163,11 @@ def file_part(holder: Json, where: str) -> Json:
     if not url.startswith("data:"):  # OpenAI takes the bare base64 of a PDF, too
         url = "data:application/pdf;base64," + url
     kind, data = parse_data_url(url, where + ".file_data")
-    if kind == "application/pdf":
-        source = base64_source(kind, data)
-    elif kind.startswith("text/") or kind == "application/json":
+    source = {"type": "base64", "media_type": kind, "data": data}
+    if kind.startswith("text/") or kind == "application/json":
         text = base64.b64decode(data).decode("utf-8", "replace")
         source = {"type": "text", "media_type": "text/plain", "data": text}
-    else:
+    elif kind != "application/pdf":
         message = f"'{where}' holds {kind[:50]}; PDF and text files are supported."
         raise bad(where + ".file_data", message, "unsupported_media_type")
     name = may(holder, "filename", (str,), where)
@@ -1188,25 +1186,17 @@ def parse_data_url(url: str, where: str) -> Tuple[str, str]:
     raise bad(where, f"'{where}' holds invalid base64 data.")
 
 
-def base64_source(kind: str, data: str) -> Json:
-    return {"type": "base64", "media_type": kind, "data": data}
-
-
 def text_part(part: Json, where: str) -> Json:
     return text_block(want(part, "text", (str,), where))
 
 
 PARTS = {
-    "text": text_part,
-    "input_text": text_part,
-    "output_text": text_part,
+    **dict.fromkeys(TEXT, text_part),
     "refusal": lambda part, where: text_block(want(part, "refusal", (str,), where)),
     "image_url": image_part,
     "input_image": image_part,
+    "file": lambda part, at: file_part(want(part, "file", (dict,), at), at + ".file"),
     "input_file": file_part,
-    "file": lambda part, where: file_part(
-        want(part, "file", (dict,), where), where + ".file"
-    ),
 }
 
 
@@ -1323,7 +1313,7 @@ def turn_line(turn: Json, place: int, version: Version) -> Json:
 
 
 def query_lines(ask: Ask, version: Version) -> List[Json]:
-    """The options of this request, if it has any (the CLI takes 10 ms to read them); the
+    """The options of this request, if it has any (reading them takes 10 ms), and the
     last turn, which starts the model."""
     options, env = ask.options, {}
     if options.effort:
@@ -1596,7 +1586,7 @@ class Claude:
 
     def fits(self, wanted: Conversation) -> bool:
         """Whether all that it has been sent is the beginning of `wanted`. The model may
-        differ up to the first turn: later the CLI tells the model of the change."""
+        differ up to the first turn: later the change shows in the conversation."""
         has = self.conversation
         if has.setup not in (None, wanted.setup):
             return False
@@ -1818,21 +1808,28 @@ def listen(
             for claude in running:
                 watch_stdin(selector, claude)
             for key, _ in selector.select(TICK_SECONDS):
-                for line in handle_ready(selector, key):
-                    if not key.data.stopped:  # else it comes behind the answer
-                        yield key.data, line
+                claude, lines = key.data, handle_ready(selector, key)
+                # What comes behind the answer is nobody's.
+                yield from ((claude, line) for line in lines if not claude.stopped)
             if client.ended and client.has_left():
                 raise Disconnected
-            for claude in running[:]:
-                if claude.stopped:
-                    running.remove(claude)
-                    unwatch(selector, claude)
-                elif claude.ended:
-                    raise died(claude)
-                elif time.monotonic() - claude.alive_at > patience:
-                    message = f"Claude was silent for {patience:g} seconds."
-                    raise APIError(504, message, "timeout")
+            for claude in running:
+                check_life(selector, claude, patience)
+            running = [claude for claude in running if not claude.stopped]
             yield None
+
+
+def check_life(
+    selector: selectors.BaseSelector, claude: Claude, patience: float
+) -> None:
+    """See listen()."""
+    if claude.stopped:
+        unwatch(selector, claude)
+    elif claude.ended:
+        raise died(claude)
+    elif time.monotonic() - claude.alive_at > patience:
+        message = f"Claude was silent for {patience:g} seconds."
+        raise APIError(504, message, "timeout")
 
 
 def handle_ready(selector: selectors.BaseSelector, key: Any) -> List[Json]:
@@ -2108,7 +2105,7 @@ class Answer:
 
     `sent` holds what the client has got, in pieces, by channel: "content",
     "reasoning_content", or the index of a tool call. `finish_reason` is set when the
-    answer is complete; `calm` tells whether the CLI would make no further request.
+    answer is complete; `calm`: whether the CLI would make no further request.
 
     If the stream breaks, the CLI restarts the answer; `repeated` is then the part of
     each channel that is still to be skipped.
@@ -2132,7 +2129,7 @@ class Answer:
         self.channel: Any = None  # where its deltas go
         self.call_count = 0  # since the answer was started or restarted
         self.pieces: List[str] = []  # of the arguments of the open block
-        self.has_role = False  # whether a delta has told the role
+        self.has_role = False  # whether a delta had the role
 
     def feed(self, line: Json) -> List[Delta]:
         """Raises APIError for a failure that the CLI reports, and 502 for a line of a
@@ -2149,7 +2146,7 @@ class Answer:
         return deltas
 
     def delta(self, delta: Json, finish_reason: Optional[str] = None) -> Delta:
-        """The first one tells the role."""
+        """The first one has the role."""
         if not self.has_role:
             self.has_role = True
             delta = {"role": "assistant", "content": "", **delta}
@@ -2966,11 +2963,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.status = 499  # nginx's word for a client that left
             self.close_connection = True
         except Exception as error:  # a bug of ours must not look like a hang-up
-            trace = error.__traceback__
-            while trace and trace.tb_next:
-                trace = trace.tb_next
-            where = f"line {trace.tb_lineno}" if trace else "?"
-            log(f"internal error: {type(error).__name__}, {where}")  # no prompt text
+            line = traceback.extract_tb(error.__traceback__)[-1].lineno
+            log(f"internal error: {type(error).__name__}, line {line}")  # no text
             self.fail(APIError(500, "Internal error of the proxy."))
         self.server.busy.discard(self)
         self.log_answer(time.monotonic() - begun)

@@ -1143,6 +1143,19 @@ def logged():
     return lines
 
 
+@pytest.fixture(autouse=True)
+def no_process_left():
+    """After each test, where /proc tells of children; elsewhere see nothing_left()."""
+    yield
+    lists = "/proc/self/task/*/children"
+    until(lambda: not any(map(read_if_there, glob.glob(lists))))
+
+
+def read_if_there(path):
+    with contextlib.suppress(OSError), open(path) as file:
+        return file.read()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def nothing_left(tmp_path_factory):
     """At the end no child process, thread, or temporary directory more than before."""
@@ -4191,6 +4204,8 @@ def test_a_client_that_does_not_read_does_not_stop_the_stopping(make, monkeypatc
         one.close()
         one.close = lambda: None
         assert time.monotonic() - begun < 10  # WRITE_SECONDS are 60
+    keeper = one.server.backend.keeper  # nobody reaps for a server that has stopped
+    until(lambda: keeper.tick() or not (keeper.live or keeper.dying))
 
 
 def test_a_signal_ends_a_server_whose_cli_hangs_at_the_start(tmp_path, monkeypatch):
