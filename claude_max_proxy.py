@@ -147,10 +147,9 @@ class Disconnected(Exception):
     """The client has gone; nobody is left to answer."""
 
 
-HAS_TOKEN = bool(os.environ.get("CLAUDE_CODE_OAUTH_TOKEN"))  # it wins over a login
-LOGIN_CURE = (
+LOGIN_CURE = (  # the token wins over a login
     "CLAUDE_CODE_OAUTH_TOKEN is refused: get a new one with `claude setup-token`."
-    if HAS_TOKEN
+    if os.environ.get("CLAUDE_CODE_OAUTH_TOKEN")
     else "Claude Code is not logged in. Run `claude auth login`, then try again."
 )
 NO_MODEL = "The model does not exist, or your plan does not include it; see /v1/models."
@@ -416,6 +415,7 @@ ECHO: Json = {  # what a response repeats of its request, and the defaults
     "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [],
     "top_p": None, "truncation": "disabled",
 }  # fmt: skip
+NOT_STORED: Json = {"previous_response_id": None, "store": False}
 
 
 class QueryOptions(NamedTuple):
@@ -527,6 +527,15 @@ def want(holder: Json, key: str, kinds: Tuple[type, ...], where: str) -> Any:
 def may(holder: Json, key: str, kinds: Tuple[type, ...], where: str) -> Any:
     """holder[key], checked; None if it is null or absent."""
     return None if holder.get(key) is None else want(holder, key, kinds, where)
+
+
+def type_of(holder: Any, known: Iterable[str], where: str) -> str:
+    """holder["type"], or a 400 if it is not in `known`."""
+    kind = want(check(holder, (dict,), where), "type", (str,), where)
+    if kind not in known:
+        text = f"The type '{kind[:50]}' is not supported here; {', '.join(known)} is."
+        raise bad(where + ".type", text, "unsupported_type")
+    return kind
 
 
 def parse_chat(body: Any, thoughts: Thoughts) -> Ask:
@@ -725,8 +734,7 @@ def rename_properties(schema: Json) -> Names:
 
 
 def function_of(tool: Any, where: str) -> Function:
-    if check(tool, (dict,), where).get("type", "function") != "function":
-        raise bad(f"{where}.type", "Only tools of type 'function' are supported.")
+    type_of({"type": "function", **check(tool, (dict,), where)}, ("function",), where)
     return want(tool, "function", (dict,), where), where + ".function"
 
 
@@ -735,11 +743,7 @@ def response_tools(tools: List[Any]) -> Tuple[List[Function], Dict[str, Json]]:
     functions, origins = [], {}
     for i, tool in enumerate(tools):
         where = f"tools[{i}]"
-        kind = want(check(tool, (dict,), where), "type", (str,), where)
-        if kind not in TOOL_TYPES:
-            known = ", ".join(TOOL_TYPES)
-            message = f"Tools of type '{kind[:50]}' are not supported; {known} are."
-            raise bad(where + ".type", message, "unsupported_tool")
+        kind = type_of(tool, TOOL_TYPES, where)
         if TOOL_TYPES[kind][0] == IGNORED:
             continue
         name = want(tool, "name", (str,), where)
@@ -1036,11 +1040,8 @@ class Transcript:
 
 def add_item(script: Transcript, item: Any, where: str, texts: Texts) -> None:
     """Add an item of `input`. `texts` as in parse_response()."""
-    kind = may(check(item, (dict,), where), "type", (str,), where) or "message"
-    if kind not in ITEM_TYPES:
-        known = ", ".join(ITEM_TYPES)
-        message = f"Items of type '{kind[:50]}' are not supported; {known} are."
-        raise bad(where + ".type", message, "unsupported_item")
+    item = {"type": "message", **check(item, (dict,), where)}
+    kind = type_of(item, ITEM_TYPES, where)
     if kind == "message":
         script.add_message(item, where)
     elif kind == "item_reference":
@@ -1128,12 +1129,7 @@ def parse_parts(content: Any, where: str, kinds: Tuple[str, ...]) -> List[Json]:
         at = f"{where}[{i}]"
         if isinstance(part, str):  # some clients send bare strings in a list
             part = {"type": "text", "text": part}
-        kind = want(check(part, (dict,), at), "type", (str,), at)
-        if kind not in kinds:
-            known = ", ".join(kinds)
-            text = f"Content of type '{kind[:50]}' is not supported here; {known} is."
-            raise bad(at, text, "unsupported_content")
-        block = PARTS[kind](part, at)
+        block = PARTS[type_of(part, kinds, at)](part, at)
         if block["type"] != "text" or block["text"].strip():
             blocks.append(block)
     return blocks
@@ -1543,6 +1539,9 @@ class Installation:
 # One running CLI, and what a request waits for: its output, and the client leaving.
 
 
+Selector = selectors.BaseSelector
+
+
 class Claude:
     """One CLI process. No method blocks: the owner reads and writes when the pipes are
     ready. The owner is Keeper, then the thread of a request, then Keeper again, which
@@ -1819,9 +1818,7 @@ def listen(
             yield None
 
 
-def check_life(
-    selector: selectors.BaseSelector, claude: Claude, patience: float
-) -> None:
+def check_life(selector: Selector, claude: Claude, patience: float) -> None:
     """See listen()."""
     if claude.stopped:
         unwatch(selector, claude)
@@ -1832,7 +1829,7 @@ def check_life(
         raise APIError(504, message, "timeout")
 
 
-def handle_ready(selector: selectors.BaseSelector, key: Any) -> List[Json]:
+def handle_ready(selector: Selector, key: Any) -> List[Json]:
     """Read or write what is ready -> the lines that came. (A client that is ready has
     left, or sends its next request already.)"""
     claude = key.data
@@ -1850,12 +1847,12 @@ def handle_ready(selector: selectors.BaseSelector, key: Any) -> List[Json]:
     return []
 
 
-def watch(selector: selectors.BaseSelector, claude: Claude) -> None:
+def watch(selector: Selector, claude: Claude) -> None:
     for pipe in claude.pipes[1:]:
         selector.register(pipe, selectors.EVENT_READ, claude)
 
 
-def watch_stdin(selector: selectors.BaseSelector, claude: Claude) -> None:
+def watch_stdin(selector: Selector, claude: Claude) -> None:
     """Wait for room in its stdin while there is something to write, and only then."""
     watched = claude.stdin in selector.get_map()
     if claude.outbox and not watched:
@@ -1864,7 +1861,7 @@ def watch_stdin(selector: selectors.BaseSelector, claude: Claude) -> None:
         selector.unregister(claude.stdin)
 
 
-def unwatch(selector: selectors.BaseSelector, claude: Claude) -> None:
+def unwatch(selector: Selector, claude: Claude) -> None:
     for pipe in claude.pipes:
         with contextlib.suppress(KeyError):
             selector.unregister(pipe)
@@ -2422,7 +2419,7 @@ class Reply:
     def is_complete(self) -> bool:
         return all(answer.finish_reason for answer in self.answers)
 
-    def usage(self) -> Json:
+    def usage(self, input: str = "prompt", output: str = "completion") -> Json:
         """The Messages API's usage of each answer as OpenAI's, summed. Its input_tokens
         leave out what was read from, or written to, the prompt cache."""
 
@@ -2430,13 +2427,14 @@ class Reply:
             return sum(answer.usage.get(k, 0) for answer in self.answers for k in keys)
 
         cached, written = "cache_read_input_tokens", "cache_creation_input_tokens"
-        prompt, output = total("input_tokens", cached, written), total("output_tokens")
+        read, made = total("input_tokens", cached, written), total("output_tokens")
+        thought = total("thinking_tokens")
         return {
-            "prompt_tokens": prompt,
-            "completion_tokens": output,
-            "total_tokens": prompt + output,
-            "prompt_tokens_details": {"cached_tokens": total(cached)},
-            "completion_tokens_details": {"reasoning_tokens": total("thinking_tokens")},
+            f"{input}_tokens": read,
+            f"{output}_tokens": made,
+            "total_tokens": read + made,
+            f"{input}_tokens_details": {"cached_tokens": total(cached)},
+            f"{output}_tokens_details": {"reasoning_tokens": thought},
         }
 
     def chunk(self, choices: List[Delta], usage: Optional[Json] = None) -> str:
@@ -2523,16 +2521,13 @@ class ResponseReply(Reply):
         self.events.append(f"event: {type}\ndata: {json.dumps(event)}\n\n")
 
     def emit_inside(self, event: str, **fields: Any) -> None:
-        """An event inside the open item."""
-        item = self.output[-1]
-        head = {"output_index": len(self.output) - 1, "item_id": item["id"]}
-        if item["type"] in PART_EVENTS:
-            head[PART_EVENTS[item["type"]][2]] = 0
+        """An event of the open item."""
+        item, head = self.output[-1], {"output_index": len(self.output) - 1}
+        if "item" not in fields:
+            head["item_id"] = item["id"]
+            if item["type"] in PART_EVENTS:
+                head[PART_EVENTS[item["type"]][2]] = 0
         self.emit(f"response.{event}", **head, **fields)
-
-    def emit_item(self, name: str) -> None:
-        place, item = len(self.output) - 1, self.output[-1]
-        self.emit(f"response.output_item.{name}", output_index=place, item=item)
 
     def flush(self) -> str:
         events, self.events = "".join(self.events), []
@@ -2586,7 +2581,7 @@ class ResponseReply(Reply):
         else:
             item = {"type": "reasoning", "id": f"rs_{id}", "summary": []}
         self.output.append(item)
-        self.emit_item("added")
+        self.emit_inside("output_item.added", item=item)
         if not call:
             _, event, _, part = PART_EVENTS[item["type"]]
             self.emit_inside(event + ".added", part=part)
@@ -2610,7 +2605,7 @@ class ResponseReply(Reply):
         else:
             item[field] = text
         item.update({"status": status} if "status" in item else {})
-        self.emit_item("done")
+        self.emit_inside("output_item.done", item=item)
 
     def alive(self) -> str:
         self.begin()
@@ -2634,20 +2629,14 @@ class ResponseReply(Reply):
     def completion(self) -> Json:
         """The response as it is now."""
         reason = self.answers[0].finish_reason
-        status, cut = "completed" if reason else "in_progress", None
-        if reason == "length":
-            status, cut = "incomplete", {"reason": "max_output_tokens"}
-        if self.error:
-            status = "failed"
+        cut = {"reason": "max_output_tokens"} if reason == "length" else None
+        ended = "incomplete" if cut else "completed" if reason else "in_progress"
+        status = "failed" if self.error else ended
         response = {"id": self.id, "object": "response", "created_at": self.created}
         response.update(status=status, model=self.model, error=self.error)
-        response.update(incomplete_details=cut, output=self.output, usage=None)
-        response.update(self.ask.echo, previous_response_id=None, store=False)
-        if reason:  # chat's, by the names of this endpoint
-            names = {k: k.replace("prompt", "input") for k in self.usage()}
-            names = {k: v.replace("completion", "output") for k, v in names.items()}
-            response["usage"] = {names[k]: v for k, v in self.usage().items()}
-        return response
+        response.update(incomplete_details=cut, output=self.output)
+        response.update(usage=self.usage("input", "output") if reason else None)
+        return {**response, **self.ask.echo, **NOT_STORED}
 
 
 # ── One answer ─────────────────────────────────────────────────────────────────────

@@ -1683,11 +1683,11 @@ def test_turns(messages, turns):
         ),
         (
             {"role": "user", "content": [{"type": "input_audio"}]},
-            "messages[0].content[0]",
+            "messages[0].content[0].type",
         ),
         (
             {"role": "system", "content": [{"type": "image_url"}]},
-            "messages[0].content[0]",
+            "messages[0].content[0].type",
         ),
         ({"role": "assistant", "audio": {"id": "a"}}, "messages[0].audio"),
         ({"role": "assistant", "tool_calls": 5}, "messages[0].tool_calls"),
@@ -3154,7 +3154,7 @@ def test_each_response_parameter(name):
     ([5], {}, "input[0]"),
     ([item("computer_call")], {}, "input[0].type"),
     ([item("message", role="x", content="")], {}, "input[0].role"),
-    ([item("message", role="user", content=[item("input_audio")])], {}, "input[0].content[0]"),
+    ([item("message", role="user", content=[item("input_audio")])], {}, "input[0].content[0].type"),
     ([item("message", role="user", content=[item("input_file", file_id="f")])], {}, "input[0].content[0]"),
     ([call_item(None)], {}, "input[0].call_id"),
     ([call_item()], {}, "input[0]"),
