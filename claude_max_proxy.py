@@ -2558,6 +2558,8 @@ class ResponseReply(Reply):
 
     def add(self, channel: Any, text: str, call: Json) -> None:
         if channel != self.channel:
+            if call and "id" not in call:  # it was closed: a restart had more before it
+                raise interrupted()
             self.close("completed")
             self.open(channel, call)
         self.pieces.append(text)

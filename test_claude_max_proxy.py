@@ -1944,7 +1944,7 @@ def test_login_cure(server):
 def test_retry_after(server):
     assert server.chat("mock:retry=429").headers["Retry-After"] == "8"
     reply = server.chat("mock:limit=300 mock:status=429")
-    assert 290 <= int(reply.headers["Retry-After"]) <= 301
+    assert 290 <= int(reply.headers["Retry-After"]) <= 310
     assert "Retry-After" not in server.chat("mock:status=429").headers
 
 
@@ -3017,6 +3017,15 @@ def test_failures_inside_a_response(status, code, ours):
     assert body["error"] == {"code": ours, "message": "why"} and not body["usage"]
 
 
+def test_a_restart_with_more_before_a_call_is_an_error():
+    reply = proxy.ResponseReply(response_of(), "0", 0)
+    lines = transcript("mock:tokens=1 mock:tool=f")[:-5] + transcript("mock:tokens=2 mock:tool=f")
+    with pytest.raises(proxy.APIError, match="began another answer"):
+        for line in lines:
+            for delta in reply.answers[0].feed(line):
+                reply.event(delta)
+
+
 def test_a_failure_inside_a_stream_of_a_response(server):
     reply = server.respond("mock:cut=1 mock:else=Other", stream=True)
     error, failed = reply.chunks[-2:]
@@ -3035,7 +3044,7 @@ def test_the_plans_limit_tells_when_it_ends(server):
     reply = server.respond("mock:limit=300 mock:status=429")
     error = reply.json["error"]
     assert reply.status == 429 and error["type"] == "usage_limit_reached"
-    assert 290 <= error["resets_at"] - time.time() <= 301 and "Retry-After" in reply.headers
+    assert 290 <= error["resets_at"] - time.time() <= 310 and "Retry-After" in reply.headers
     assert server.respond("mock:status=429").json["error"]["type"] == "rate_limit_error"
 
 
