@@ -11,7 +11,7 @@ structured output. One file, the standard library only.
 
 The way of a request:
 
-    client ──HTTP──► Handler.answer()     one thread for each connection
+    client ──HTTP──► Handler.serve()      one thread for each connection
                         │ guard(), read_json()
                         │ parse_chat() or parse_response() → Ask           (pure)
                         ▼
@@ -114,7 +114,7 @@ LATE_MODEL_CLI = (2, 1, 329)  # takes another model before the first turn (measu
 
 # ── Errors ─────────────────────────────────────────────────────────────────────────
 # Code at any depth may raise APIError; Handler.fail() or Reply.fail() writes it. To map
-# another failure of the CLI, add a row to FAILURES.
+# another failure of the CLI, add its word to FAILURES.
 
 TYPES = {  # the error type for a code, else for a status, else invalid_request_error
     401: "authentication_error",
@@ -139,8 +139,7 @@ class APIError(Exception):
         super().__init__(message)
         self.status, self.headers = status, headers or {}
         type = TYPES.get(code) or TYPES.get(status, "invalid_request_error")
-        error = {"message": message, "type": type, "param": param, "code": code}
-        self.body = {"error": error}
+        self.error = {"message": message, "type": type, "param": param, "code": code}
 
 
 class Disconnected(Exception):
@@ -155,50 +154,41 @@ LOGIN_CURE = (  # the token wins over a login
 NO_MODEL = "The model does not exist, or your plan does not include it; see /v1/models."
 CURES = {"not_logged_in": LOGIN_CURE, "model_not_found": NO_MODEL}  # by code
 
-# The CLI's api_error_status, the terminal_reason of its result line, or the `error` of
-# its assistant line -> our status and code.
-FAILURES: Dict[Any, Tuple[int, Optional[str]]] = {
-    400: (400, None),
-    401: (401, "not_logged_in"),
-    403: (403, "permission_denied"),
-    404: (404, "model_not_found"),
-    413: (413, "request_too_large"),
-    429: (429, "rate_limit_exceeded"),
-    500: (502, "upstream_error"),
-    503: (503, "server_is_overloaded"),
-    504: (504, "upstream_timeout"),
-    529: (503, "server_is_overloaded"),
-    "prompt_too_long": (400, "context_length_exceeded"),
-    "blocking_limit": (400, "context_length_exceeded"),
-    "authentication_failed": (401, "not_logged_in"),
-    "billing_error": (429, "insufficient_quota"),
-    "invalid_request": (400, None),
-    "model_not_found": (404, "model_not_found"),
-    "rate_limit": (429, "rate_limit_exceeded"),
-    "overloaded": (503, "server_is_overloaded"),
+# What the CLI says of a failure -> our status and code. It says the API's status, the
+# terminal_reason of its result line, and the `error` of its assistant line.
+FAILURES = {
+    word: (status, code)
+    for status, code, *words in [
+        (400, None, 400, "invalid_request"),
+        (400, "context_length_exceeded", "prompt_too_long", "blocking_limit"),
+        (401, "not_logged_in", 401, "authentication_failed"),
+        (403, "permission_denied", 403),
+        (404, "model_not_found", 404, "model_not_found"),
+        (413, "request_too_large", 413),
+        (429, "rate_limit_exceeded", 429, "rate_limit"),
+        (429, "insufficient_quota", "billing_error"),
+        (502, "upstream_error", 500),
+        (503, "server_is_overloaded", 503, 529, "overloaded"),
+        (504, "upstream_timeout", 504),
+    ]
+    for word in words
 }
 
 
-def failure(
-    status: Any, reason: Any, category: Any, text: str, wait: float
-) -> APIError:
-    """The APIError for a failure that the CLI reports: `status` is the API's, `reason`
-    the result's terminal_reason, `category` the assistant line's `error`, `wait` the
-    seconds until a limit ends (0: unknown). What is in no table is a 502."""
-    keys = [reason, status, category]
-    if category == "authentication_failed":  # also with a 403
-        keys = [category]
-    known = (FAILURES[key] for key in keys if key in FAILURES)
-    ours, code = next(known, FAILURES[500])
+def failure(words: List[Any], text: str, wait: float, now: float) -> APIError:
+    """The APIError for a failure that the CLI reports. `words` are keys of FAILURES, the
+    first known one counts; without any it is a 502. `wait`: seconds until a limit ends
+    (0: unknown)."""
+    known = [FAILURES[word] for word in words if word in FAILURES]
+    status, code = (known or [FAILURES[500]])[0]
     text = CURES.get(code) or text or "The Claude API answered with an error."
-    error = APIError(ours, text, code, "model" if ours == 404 else None)
-    if ours == 429 and wait > 0:
+    error = APIError(status, text, code, "model" if status == 404 else None)
+    if status == 429 and wait > 0:
         error.headers["Retry-After"] = str(math.ceil(wait))
+        if wait > LIMIT_SECONDS:  # Codex would wait for it
+            end = int(now + wait)
+            error.error.update(type="usage_limit_reached", resets_at=end)
     return error
-
-
-def bad(param: str, message: str, code: Optional[str] = None) -> APIError:
-    return APIError(400, message, code, param or None)
 
 
 def strange_line() -> APIError:
@@ -220,8 +210,7 @@ def log(text: str) -> None:
     """Write a line on stderr, of words that a terminal can show. Never prompt text."""
     words = [time.strftime("%Y-%m-%dT%H:%M:%S"), *map(printable, text.split())]
     with contextlib.suppress(OSError, ValueError):  # a closed stderr stops nobody
-        sys.stderr.write(" ".join(words) + "\n")
-        sys.stderr.flush()
+        print(*words, file=sys.stderr, flush=True)
 
 
 # ── Settings ───────────────────────────────────────────────────────────────────────
@@ -229,17 +218,16 @@ def log(text: str) -> None:
 # help follow from it.
 
 
-def number(kind: type, least: float, most: float = math.inf) -> Any:
+def number(kind: type, least: float, most: float) -> Any:
     """An argparse type: a number from `least` to `most`."""
 
     def parse(text: str) -> Any:
         value = kind(text)
-        if not least <= value <= most or value == math.inf:
+        if not least <= value <= most:
             raise ValueError(text)
         return value
 
-    most_text = "" if most == math.inf else f" to {most}"
-    parse.__name__ = f"number from {least}{most_text}"  # argparse complains with it
+    parse.__name__ = f"number from {least} to {most}"  # argparse complains with it
     return parse
 
 
@@ -257,7 +245,7 @@ OPTIONS = {
     "claude": Option("", "path of the Claude Code CLI, if it is not found"),
     "max_concurrency": Option(8, "CLI processes at once", number(int, 1, 1000)),
     "spares": Option(2, "processes started ahead, 155 MB each", number(int, 0, 100)),
-    "timeout": Option(600.0, "seconds of silence before a 504", number(float, 0.01)),
+    "timeout": Option(600.0, "seconds of silence before a 504", number(float, 0.01, 1e6)),
     "verbose": Option(False, "also log what a failed CLI wrote to stderr", bool),
 }
 Settings = collections.namedtuple(
@@ -290,15 +278,14 @@ def parse_arguments(argv: List[str]) -> Tuple[Settings, bool]:
     parser.add_argument("--version", action="version", version=own_version())
     parser.add_argument("--check", action="store_true", help="say what works, and exit")
     for name, (default, text, kind) in OPTIONS.items():
-        flag, caps = "--" + name.replace("_", "-"), name.upper()
-        given = os.environ.get(ENVIRONMENT + caps)
+        given = os.environ.get(ENVIRONMENT + name.upper()) or str(default)
         if kind is bool:
-            on = given not in (None, "", "0", "false")
-            parser.add_argument(flag, action="store_true", default=on, help=text)
-            continue
-        text += f" (default: {default})" if default else ""
-        given = str(default) if given is None else given  # argparse converts a string
-        parser.add_argument(flag, type=kind, default=given, metavar=caps, help=text)
+            on = given not in ("False", "0", "false")
+            rest: Json = {"action": "store_true", "default": on}
+        else:  # argparse converts a default that is a string
+            rest = {"type": kind, "default": given, "metavar": name.upper()}
+            text += f" (default: {default})" if default else ""
+        parser.add_argument("--" + name.replace("_", "-"), help=text, **rest)
     chosen = vars(parser.parse_args(argv))
     check_only = chosen.pop("check")
     settings = Settings(**chosen)
@@ -328,86 +315,98 @@ MODEL_ID = re.compile(r"claude-[A-Za-z0-9.:_\[\]-]{1,120}")
 # Models whose thinking has a budget. In a tool loop the API wants their signed thinking
 # block back (Messages API, "Preserving thinking blocks").
 BUDGET_MODEL = re.compile(r"haiku|claude-3|-4-[0-5](?!\d)|-4-20\d{6}")
-EFFORTS = {"none": "", "minimal": "low"}  # OpenAI's words for the CLI's effort
+# OpenAI's words for the CLI's effort.
+EFFORTS = {"": "", "none": "", "minimal": "low"}
 EFFORTS.update((word, word) for word in ("low", "medium", "high", "xhigh", "max"))
 
 HONOURED, IGNORED, REFUSED = "honoured", "ignored", "refused"
-KINDS = {
-    str: "a string", int: "an integer", float: "a number", bool: "a boolean",
-    list: "an array", dict: "an object", type(None): "null",
-}  # fmt: skip
+HARMLESS = (False, 0, [], ["text"], "none")  # values of a refused parameter
 
 
 class Parameter(NamedTuple):
-    """`harmless`: the values of a refused parameter that ask for nothing."""
-
     kinds: Tuple[type, ...]
     use: str
     why: str
-    harmless: Tuple[Any, ...] = ()
-    code: str = "unsupported_parameter"
+    code: str = "unsupported_parameter"  # if it is refused
+
+
+def parameters(*rows: Any) -> Dict[str, Parameter]:
+    """Rows of names, JSON types, and the rest of a Parameter."""
+    return {
+        name: Parameter(kinds if type(kinds) is tuple else (kinds,), *rest)
+        for names, kinds, *rest in rows
+        for name in names.split()
+    }
 
 
 NO_KNOB, NO_STORE = "Claude Code has no such knob", "nothing is stored"
-PARAMETERS = {
-    "model": Parameter((str,), HONOURED, "see Models"),
-    "messages": Parameter((list,), HONOURED, "turn for turn, in their native roles"),
-    "stream": Parameter((bool,), HONOURED, "server-sent events"),
-    "stream_options": Parameter((dict,), HONOURED, "include_usage"),
-    "max_tokens": Parameter((int,), HONOURED, "at least 1; the second wins"),
-    "max_completion_tokens": Parameter((int,), HONOURED, "at least 1; the second wins"),
-    "stop": Parameter((str, list), HONOURED, "1 to 4 strings; the CLI ends at a match"),
-    "n": Parameter((int,), HONOURED, "1 to 8, one CLI process each"),
-    "tools": Parameter((list,), HONOURED, "functions; the client runs them"),
-    "tool_choice": Parameter((str, dict), HONOURED, "none, auto, required, a function"),
-    "parallel_tool_calls": Parameter((bool,), HONOURED, "false: one call at a time"),
-    "response_format": Parameter((dict,), HONOURED, "text, json_object, json_schema"),
-    "reasoning_effort": Parameter((str,), HONOURED, "none to max"),
-    "temperature": Parameter((int, float), IGNORED, NO_KNOB),
-    "top_p": Parameter((int, float), IGNORED, NO_KNOB),
-    "presence_penalty": Parameter((int, float), IGNORED, NO_KNOB),
-    "frequency_penalty": Parameter((int, float), IGNORED, NO_KNOB),
-    "seed": Parameter((int,), IGNORED, NO_KNOB),
-    "logit_bias": Parameter((dict,), IGNORED, NO_KNOB),
-    "user": Parameter((str,), IGNORED, NO_KNOB),
-    "metadata": Parameter((dict,), IGNORED, NO_STORE),
-    "store": Parameter((bool,), IGNORED, NO_STORE),
-    "logprobs": Parameter((bool,), REFUSED, "Claude gives none", (False,)),
-    "top_logprobs": Parameter((int,), REFUSED, "Claude gives none", (0,)),
-    "modalities": Parameter((list,), REFUSED, "answers are text", (["text"],)),
-    "audio": Parameter((dict,), REFUSED, "answers are text"),
-    "functions": Parameter((list,), REFUSED, "use tools", ([],)),
-    "function_call": Parameter((str, dict), REFUSED, "use tools", ("none",)),
-    "web_search_options": Parameter((dict,), REFUSED, "there is no web search here"),
-}
-UNKNOWN = "previous_response_not_found"
-SHARED = "model stream tools tool_choice parallel_tool_calls temperature top_p user"
-RESPONSE_PARAMETERS = {
-    **{name: PARAMETERS[name] for name in SHARED.split()},
-    **{name: PARAMETERS[name] for name in ("metadata", "store", "top_logprobs")},
-    "input": Parameter((str, list), HONOURED, "a text, or items turn for turn"),
-    "instructions": Parameter((str,), HONOURED, "the first system text"),
-    "text": Parameter((dict,), HONOURED, "format: text, json_object, json_schema"),
-    "reasoning": Parameter((dict,), HONOURED, "effort; summary: shows the thoughts"),
-    "max_output_tokens": Parameter((int,), HONOURED, "at least 1"),
-    "include": Parameter((list,), IGNORED, NO_KNOB),
-    "max_tool_calls": Parameter((int,), IGNORED, NO_KNOB),
-    "prompt_cache_key": Parameter((str,), IGNORED, NO_KNOB),
-    "safety_identifier": Parameter((str,), IGNORED, NO_KNOB),
-    "service_tier": Parameter((str,), IGNORED, NO_KNOB),
-    "truncation": Parameter((str,), IGNORED, NO_KNOB),
-    "stream_options": Parameter((dict,), IGNORED, "usage is always sent"),
-    "previous_response_id": Parameter((str,), REFUSED, NO_STORE, (), UNKNOWN),
-    "conversation": Parameter((str, dict), REFUSED, NO_STORE),
-    "prompt": Parameter((dict,), REFUSED, NO_STORE),
-    "background": Parameter((bool,), REFUSED, NO_STORE, (False,)),
-}
+NO_RESPONSE = "previous_response_not_found"
+PARAMETERS = parameters(
+    ("model", str, HONOURED, "see Models"),
+    ("messages", list, HONOURED, "turn for turn, in their native roles"),
+    ("stream", bool, HONOURED, "server-sent events"),
+    ("stream_options", dict, HONOURED, "include_usage"),
+    ("max_tokens max_completion_tokens", int, HONOURED, "at least 1; the second wins"),
+    ("stop", (str, list), HONOURED, "1 to 4 strings; the CLI ends at a match"),
+    ("n", int, HONOURED, "1 to 8, one CLI process each"),
+    ("tools", list, HONOURED, "functions; the client runs them"),
+    ("tool_choice", (str, dict), HONOURED, "none, auto, required, a function"),
+    ("parallel_tool_calls", bool, HONOURED, "false: one call at a time"),
+    ("response_format", dict, HONOURED, "text, json_object, json_schema"),
+    ("reasoning_effort", str, HONOURED, "none to max"),
+    ("temperature top_p", (int, float), IGNORED, NO_KNOB),
+    ("presence_penalty frequency_penalty", (int, float), IGNORED, NO_KNOB),
+    ("seed", int, IGNORED, NO_KNOB),
+    ("logit_bias", dict, IGNORED, NO_KNOB),
+    ("user", str, IGNORED, NO_KNOB),
+    ("metadata", dict, IGNORED, NO_STORE),
+    ("store", bool, IGNORED, NO_STORE),
+    ("logprobs", bool, REFUSED, "Claude gives none"),
+    ("top_logprobs", int, REFUSED, "Claude gives none"),
+    ("modalities", list, REFUSED, "answers are text"),
+    ("audio", dict, REFUSED, "answers are text"),
+    ("functions", list, REFUSED, "use tools"),
+    ("function_call", (str, dict), REFUSED, "use tools"),
+    ("web_search_options", dict, REFUSED, "there is no web search here"),
+)
+SHARED = """
+model stream tools tool_choice parallel_tool_calls temperature top_p user metadata store
+top_logprobs
+""".split()
+RESPONSE_PARAMETERS = {name: PARAMETERS[name] for name in SHARED}
+RESPONSE_PARAMETERS.update(
+    parameters(
+        ("input", (str, list), HONOURED, "a text, or items turn for turn"),
+        ("instructions", str, HONOURED, "the first system text"),
+        ("text", dict, HONOURED, "format: text, json_object, json_schema"),
+        ("reasoning", dict, HONOURED, "effort; summary: shows the thoughts"),
+        ("max_output_tokens", int, HONOURED, "at least 1"),
+        ("include", list, IGNORED, NO_KNOB),
+        ("max_tool_calls", int, IGNORED, NO_KNOB),
+        ("prompt_cache_key safety_identifier", str, IGNORED, NO_KNOB),
+        ("service_tier truncation", str, IGNORED, NO_KNOB),
+        ("stream_options", dict, IGNORED, "usage is always sent"),
+        ("previous_response_id", str, REFUSED, NO_STORE, NO_RESPONSE),
+        ("conversation", (str, dict), REFUSED, NO_STORE),
+        ("prompt", dict, REFUSED, NO_STORE),
+        ("background", bool, REFUSED, NO_STORE),
+    )
+)
 TOOL_TYPES = {  # of /v1/responses; all others are refused
     "function": (HONOURED, "the client runs them"),
     "custom": (HONOURED, "one text as input; a grammar is not enforced"),
     "namespace": (HONOURED, "functions with a common prefix, such as MCP servers"),
     "web_search": (IGNORED, "Codex offers them; Claude has none here"),
     "tool_search": (IGNORED, "Codex offers them; Claude has none here"),
+}
+ITEM_TYPES = {  # of /v1/responses; all others are refused
+    "message": (HONOURED, "turn for turn, in their native roles"),
+    "function_call": (HONOURED, "a call in the assistant's turn"),
+    "custom_tool_call": (HONOURED, "a call in the assistant's turn"),
+    "function_call_output": (HONOURED, "its result: text, images, files"),
+    "custom_tool_call_output": (HONOURED, "its result: text, images, files"),
+    "item_reference": (HONOURED, "if one of the last answers held the item"),
+    "reasoning": (IGNORED, "signed thinking is kept here, by the id of the call"),
 }
 ECHO: Json = {  # what a response repeats of its request, and the defaults
     "instructions": None, "max_output_tokens": None, "metadata": {},
@@ -484,7 +483,8 @@ Texts = Dict[str, str]  # of messages of /v1/responses, by the id of the item
 
 def parse_json(raw: bytes) -> Any:
     """JSON in UTF-8 (RFC 8259), without NaN and numbers beyond a float. Half of a
-    surrogate pair becomes U+FFFD, for the API refuses it. Raises APIError 400."""
+    surrogate pair becomes U+FFFD, for the API refuses it. Raises APIError 400, and
+    RecursionError if it is nested too deeply."""
 
     def refuse(name: str) -> Any:
         raise ValueError(name)
@@ -496,164 +496,175 @@ def parse_json(raw: bytes) -> Any:
     try:
         text = raw.decode("utf-8-sig")
         value = json.loads(text, parse_constant=refuse, parse_float=finite)
-    except RecursionError:
-        raise too_deep() from None
     except ValueError:
-        raise bad("", "The request body is not valid JSON in UTF-8.") from None
+        message = "The request body is not valid JSON in UTF-8."
+        raise APIError(400, message) from None
     if re.search(rb"\\u[dD][89a-fA-F]", raw):
         text = json.dumps(value, ensure_ascii=False)
         value = json.loads(re.sub("[\ud800-\udfff]", "\ufffd", text))
     return value
 
 
-def too_deep() -> APIError:
-    return bad("", "The JSON is nested too deeply.")
+KINDS = {
+    str: "a string", int: "an integer", float: "a number", bool: "a boolean",
+    list: "an array", dict: "an object", type(None): "null",
+}  # fmt: skip
 
 
-def check(value: Any, kinds: Tuple[type, ...], param: str) -> Any:
-    """`value`, or a 400 that names `param` if it has none of the JSON types `kinds`."""
-    if type(value) in kinds:
-        return value
-    wanted, got = " or ".join(KINDS[kind] for kind in kinds), KINDS[type(value)]
-    message = f"Invalid type for '{param}': expected {wanted}, but got {got} instead."
-    raise bad(param, message, "invalid_type")
+class Field:
+    """A value in the request, and its path there: what an error calls `param`."""
+
+    def __init__(self, value: Any, path: str = ""):
+        self.value, self.path = value, path
+
+    def __getitem__(self, key: str) -> Field:
+        """A member of an object; null if it is absent."""
+        path = f"{self.path}.{key}" if self.path else key
+        return Field(self.want(dict).get(key), path)
+
+    def __iter__(self) -> Iterator[Field]:
+        """The elements of an array; none if it is null."""
+        for i, value in enumerate(self.may(list) or ()):
+            yield Field(value, f"{self.path}[{i}]")
+
+    def want(self, *kinds: type) -> Any:
+        """The value. Raises APIError 400 if it has none of these types."""
+        if type(self.value) in kinds:
+            return self.value
+        wanted, got = " or ".join(map(KINDS.get, kinds)), KINDS[type(self.value)]
+        raise self.error(f"must be {wanted}, not {got}.", "invalid_type")
+
+    def may(self, *kinds: type) -> Any:
+        """The same; None if it is null."""
+        return None if self.value is None else self.want(*kinds)
+
+    def error(self, problem: str, code: Optional[str] = None) -> APIError:
+        return APIError(400, f"'{self.path}' {problem}", code, self.path)
 
 
-def want(holder: Json, key: str, kinds: Tuple[type, ...], where: str) -> Any:
-    """holder[key], checked."""
-    return check(holder.get(key), kinds, f"{where}.{key}")
-
-
-def may(holder: Json, key: str, kinds: Tuple[type, ...], where: str) -> Any:
-    """holder[key], checked; None if it is null or absent."""
-    return None if holder.get(key) is None else want(holder, key, kinds, where)
-
-
-def type_of(holder: Any, known: Iterable[str], where: str) -> str:
-    """holder["type"], or a 400 if it is not in `known`."""
-    kind = want(check(holder, (dict,), where), "type", (str,), where)
+def type_of(holder: Field, known: Iterable[str], default: Any = None) -> str:
+    """The member `type`. Raises APIError 400 if it is not in `known`."""
+    field = holder["type"]
+    kind = default if default and "type" not in holder.value else field.want(str)
     if kind not in known:
-        text = f"The type '{kind[:50]}' is not supported here; {', '.join(known)} is."
-        raise bad(where + ".type", text, "unsupported_type")
+        problem = f"must be one of {', '.join(known)}, not '{kind[:50]}'."
+        raise field.error(problem, "unsupported_type")
     return kind
 
 
-def parse_chat(body: Any, thoughts: Thoughts) -> Ask:
+def parse_chat(raw: Any, thoughts: Thoughts) -> Ask:
     """A chat completion request -> Ask. Raises APIError 400 or 404."""
-    body = parse_parameters(body, PARAMETERS, "messages")
-    model, script = cli_model(body["model"]), Transcript()
-    for i, message in enumerate(body["messages"]):
-        script.add_message(message, f"messages[{i}]")
-    stream_options = body.get("stream_options", {})
-    usage = may(stream_options, "include_usage", (bool,), "stream_options")
+    body = parse_parameters(raw, PARAMETERS, "messages")
+    script = Transcript()
+    for message in body["messages"]:
+        script.add_message(message)
+    most, more = body["max_tokens"], body["max_completion_tokens"]
+    stream_options = Field(body["stream_options"].value or {}, "stream_options")
     return make_ask(
-        body, model, script, thoughts,
-        functions=[function_of(t, f"tools[{i}]") for i, t in enumerate(body["tools"])],
-        schema=parse_format(body.get("response_format"), "response_format"),
-        effort=parse_effort(body.get("reasoning_effort"), "reasoning_effort"),
-        tokens=bounded(body, "max_completion_tokens") or bounded(body, "max_tokens"),
+        body, script, thoughts,
+        functions=[function_of(tool) for tool in body["tools"]],
+        schema=format_schema(body["response_format"]),
+        effort=body["reasoning_effort"],
+        tokens=bounded(more, MAX_TOKENS) or bounded(most, MAX_TOKENS),
     )._replace(
-        include_usage=bool(usage),
-        stops=parse_stops(body.get("stop", [])),
-        n=bounded(body, "n", MAX_CHOICES) or 1,
+        include_usage=bool(stream_options["include_usage"].may(bool)),
+        stops=parse_stops(body["stop"]),
+        n=bounded(body["n"], MAX_CHOICES) or 1,
     )  # fmt: skip
 
 
-def parse_parameters(body: Any, table: Dict[str, Parameter], needed: str) -> Json:
-    """The body without its nulls, checked against `table`. Unknown names are kept."""
-    if not isinstance(body, dict):
-        raise bad("", "The request body must be a JSON object.")
-    body = {name: value for name, value in body.items() if value is not None}
-    for name in body.keys() & table.keys():
-        row = table[name]
-        check(body[name], row.kinds, name)
-        if row.use == REFUSED and body[name] not in row.harmless:
-            message = f"'{name}' is not supported: {row.why}."
-            raise bad(name, message, row.code)
+def parse_parameters(raw: Any, table: Dict[str, Parameter], needed: str) -> Field:
+    """The request's body, checked against `table`. Other names are ignored.
+    Raises APIError 400, and 404 for the model."""
+    if type(raw) is not dict:
+        raise APIError(400, "The request body must be a JSON object.")
+    body = Field(raw)
+    for name in raw.keys() & table.keys():
+        row, value = table[name], body[name].may(*table[name].kinds)
+        if row.use == REFUSED and value not in (None, *HARMLESS):
+            raise body[name].error(f"is not supported: {row.why}.", row.code)
     for name in ("model", needed):
-        if name not in body:
-            raise bad(name, f"Missing required parameter: '{name}'.")
-    if not body[needed]:
-        raise bad(needed, f"'{needed}' must not be empty.")
-    return {"tools": [], "tool_choice": "auto", **body}
+        if raw.get(name) is None:
+            raise body[name].error("is missing.", "missing_required_parameter")
+    cli_model(raw["model"])
+    if not raw[needed]:
+        raise body[needed].error("must not be empty.")
+    return body
 
 
-def parse_response(body: Any, thoughts: Thoughts, texts: Texts) -> Ask:
+def parse_response(raw: Any, thoughts: Thoughts, texts: Texts) -> Ask:
     """A request of /v1/responses -> Ask. `texts`: what earlier answers said, by the id
     of the item. Raises APIError 400 or 404."""
-    body = parse_parameters(body, RESPONSE_PARAMETERS, "input")
-    model, script = cli_model(body["model"]), Transcript()
-    script.add_system(parse_parts(body.get("instructions", ""), "instructions", TEXT))
-    said = body["input"]
-    items = [{"role": "user", "content": said}] if isinstance(said, str) else said
-    for i, item in enumerate(items):
-        add_item(script, item, f"input[{i}]", texts)
-    functions, origins = response_tools(body["tools"])
-    text, reasoning = body.get("text", {}), body.get("reasoning", {})
-    effort = may(reasoning, "effort", (str,), "reasoning")
+    body = parse_parameters(raw, RESPONSE_PARAMETERS, "input")
+    echo = {k: v if raw.get(k) is None else raw[k] for k, v in ECHO.items()}
+    reasoning = Field(body["reasoning"].value or {}, "reasoning")
+    script, items = Transcript(), body["input"]
+    if body["instructions"].value is not None:
+        script.add_system(parse_parts(body["instructions"], TEXT))
+    if type(items.value) is str:
+        items = Field([{"role": "user", "content": items.value}], "input")
+    for item in items:
+        add_item(script, item, texts)
+    functions, origins = response_functions(body["tools"])
     return make_ask(
-        body, model, script, thoughts, functions,
-        schema=parse_format(may(text, "format", (dict,), "text"), "text.format"),
-        effort=parse_effort(effort, "reasoning.effort"),
-        tokens=bounded(body, "max_output_tokens"),
+        body, script, thoughts, functions,
+        schema=format_schema(Field(echo["text"], "text")["format"]),
+        effort=reasoning["effort"],
+        tokens=bounded(body["max_output_tokens"], MAX_TOKENS),
     )._replace(
-        summary=bool(may(reasoning, "summary", (str,), "reasoning")),
-        origins=origins,
-        echo={name: body.get(name, default) for name, default in ECHO.items()},
+        summary=bool(reasoning["summary"].may(str)), origins=origins, echo=echo
     )  # fmt: skip
 
 
 def make_ask(
-    body: Json, model: str, script: Transcript, thoughts: Thoughts,
-    functions: List[Function], schema: Optional[Json], effort: str, tokens: int,
+    body: Field, script: Transcript, thoughts: Thoughts, functions: List[Field],
+    schema: Optional[Json], effort: Field, tokens: int,
 ) -> Ask:  # fmt: skip
     """The Ask of either endpoint. `schema`: what the answer must match, if anything;
-    `effort`: OpenAI's word."""
+    `effort`: OpenAI's word; `tokens`: the most it may take, or 0."""
+    model = cli_model(body["model"].value)
     tools, names = parse_tools(functions)
-    parallel = body.get("parallel_tool_calls", True)
-    native = parse_choice(body["tool_choice"], names, parallel)
+    parallel = body["parallel_tool_calls"].value is not False
+    choice = parse_choice(body["tool_choice"], names, parallel)
     called = script.called()
     if called and not tools:  # the API wants every called tool defined
-        tools, native = [mcp_tool(name, "", {}) for name in called], {"type": "none"}
-    structured = schema is not None and native.get("type") not in ("any", "tool")
+        tools, choice = [mcp_tool(name, "", {}) for name in called], {"type": "none"}
+    structured = schema is not None and choice.get("type") not in ("any", "tool")
     if structured:  # where a call is forced, there is no content to shape
         tools.append(mcp_tool(STRUCTURED_OUTPUT, STRUCTURED_TEXT, schema))
-        native = structured_choice(native, names)
+        choice = structured_choice(choice, names)
     properties = {t["name"]: rename_properties(t["inputSchema"]) for t in tools}
     script.recall(thoughts, model, properties)
     script.finish()
-    unsigned = is_unsigned(script.turns)
     return Ask(
-        requested=body["model"],
+        requested=body["model"].value,
         model=model,
-        options=parse_options(model, native, effort, tokens, unsigned),
+        options=parse_options(model, choice, effort, tokens, is_unsigned(script.turns)),
         setup=Setup("\n\n".join(script.system), tuple(tools)),
         turns=script.turns,
         names=names,
         properties=properties,
         structured=structured,
-        stream=body.get("stream", False),
+        stream=bool(body["stream"].value),
     )
 
 
 def parse_options(
-    model: str, choice: Json, effort: str, tokens: int, unsigned: bool
+    model: str, choice: Json, effort: Field, tokens: int, unsigned: bool
 ) -> QueryOptions:
     """`choice` is the Messages API's tool_choice; `unsigned`: see is_unsigned()."""
+    word = effort.may(str) or ""
+    if word not in EFFORTS:
+        known = ", ".join(filter(None, EFFORTS))
+        raise effort.error(f"must be one of {known}.")
     thinking = not (
-        effort == "none"
+        word == "none"
         or choice.get("type") in ("any", "tool")  # the API refuses both together
         or 0 < tokens < MIN_THINKING_TOKENS
         or (BUDGET_MODEL.search(model) and (unsigned or 0 < tokens < MIN_BUDGET_TOKENS))
     )
     as_json = json.dumps(choice) if choice else ""
-    return QueryOptions(EFFORTS.get(effort, ""), thinking, tokens, as_json)
-
-
-def parse_effort(value: Optional[str], where: str) -> str:
-    if value and value not in EFFORTS:
-        raise bad(where, f"'{where}' must be one of {', '.join(EFFORTS)}.")
-    return value or ""
+    return QueryOptions(EFFORTS[word], thinking, tokens, as_json)
 
 
 def cli_model(name: str) -> str:
@@ -667,35 +678,31 @@ def cli_model(name: str) -> str:
     raise APIError(404, message, "model_not_found", "model")
 
 
-def bounded(body: Json, name: str, most: int = MAX_TOKENS) -> int:
-    """An integer from 1 to `most`; 0 if it is absent."""
-    value = body.get(name, 0)
-    if name in body and not 1 <= value <= most:
-        raise bad(name, f"'{name}' must be between 1 and {most}.")
-    return value
+def bounded(field: Field, most: int) -> int:
+    """An integer from 1 to `most`; 0 if it is null."""
+    if field.value is not None and not 1 <= field.value <= most:
+        raise field.error(f"must be between 1 and {most}.")
+    return field.value or 0
 
 
-def parse_stops(value: Any) -> Tuple[str, ...]:
-    stops = [value] if isinstance(value, str) else value
+def parse_stops(field: Field) -> Tuple[str, ...]:
+    one = type(field.value) is str
+    stops = [field.value] if one else [stop.want(str) for stop in field]
     if len(stops) > MAX_STOPS:
-        raise bad("stop", f"'stop' takes at most {MAX_STOPS} strings.")
-    for i, stop in enumerate(stops):
-        check(stop, (str,), f"stop[{i}]")
+        raise field.error(f"may hold at most {MAX_STOPS} strings.")
     return tuple(filter(None, stops))  # "" would match everywhere
 
 
-def parse_format(value: Optional[Json], where: str) -> Optional[Json]:
+def format_schema(form: Field) -> Optional[Json]:
     """A format -> the JSON schema that the answer must match, if any."""
-    kind = want(value, "type", (str,), where) if value is not None else "text"
-    if kind == "json_schema":
-        if where != "text.format":  # there it is flat
-            value = want(value, "json_schema", (dict,), where)
-            where += ".json_schema"
-        return object_schema(want(value, "schema", (dict,), where), where + ".schema")
-    if kind not in ("text", "json_object"):
-        message = f"'{where}.type' must be text, json_object or json_schema."
-        raise bad(where + ".type", message)
-    return {"type": "object", "additionalProperties": True} if kind != "text" else None
+    if form.value is None:
+        return None
+    kind = type_of(form, ("text", "json_object", "json_schema"))
+    if kind != "json_schema":
+        return {"additionalProperties": True} if kind == "json_object" else None
+    holder = form if form.path == "text.format" else form["json_schema"]
+    holder["schema"].want(dict)
+    return object_schema(holder["schema"])
 
 
 # Tools. The Messages API is strict where clients are not. The CLI drops *all* tools of
@@ -709,8 +716,6 @@ STRUCTURED_TEXT = "Give your final response as the arguments of this tool."
 RESERVED = {STRUCTURED_OUTPUT, "ToolSearch", "ExitPlanMode", "Edit"}
 API_NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
 API_PROPERTY = re.compile(r"[a-zA-Z0-9_.-]{1,64}")  # at the top of a schema (2.1.330)
-
-Function = Tuple[Json, str]  # {name, description?, parameters?}, and where it stood
 
 
 def api_name(name: str, accepted: Any = API_NAME) -> str:
@@ -733,51 +738,49 @@ def rename_properties(schema: Json) -> Names:
     return {api: name for name, api in names.items() if api != name}
 
 
-def function_of(tool: Any, where: str) -> Function:
-    type_of({"type": "function", **check(tool, (dict,), where)}, ("function",), where)
-    return want(tool, "function", (dict,), where), where + ".function"
+def function_of(tool: Field) -> Field:
+    type_of(tool, ("function",), "function")
+    return tool["function"]
 
 
-def response_tools(tools: List[Any]) -> Tuple[List[Function], Dict[str, Json]]:
+def response_functions(tools: Field) -> Tuple[List[Field], Dict[str, Json]]:
     """The tools of /v1/responses -> functions, and Ask.origins."""
     functions, origins = [], {}
-    for i, tool in enumerate(tools):
-        where = f"tools[{i}]"
-        kind = type_of(tool, TOOL_TYPES, where)
+    for tool in tools:
+        kind = type_of(tool, TOOL_TYPES)
         if TOOL_TYPES[kind][0] == IGNORED:
             continue
-        name = want(tool, "name", (str,), where)
-        if kind == "namespace":
-            for j, inner in enumerate(want(tool, "tools", (list,), where)):
-                at = f"{where}.tools[{j}]"
-                own = want(check(inner, (dict,), at), "name", (str,), at)
-                functions.append(({**inner, "name": f"{name}__{own}"}, at))
-                origins[f"{name}__{own}"] = {"name": own, "namespace": name}
-            continue
-        if kind == "custom":
-            text = {"type": "string", "description": json.dumps(tool.get("format"))}
+        name = tool["name"].want(str)
+        if kind == "function":
+            functions.append(tool)
+        elif kind == "custom":
+            text = {"type": "string", "description": json.dumps(tool["format"].value)}
             schema = {"properties": {"input": text}, "required": ["input"]}
-            tool = {**tool, "parameters": schema}
+            functions.append(Field({**tool.value, "parameters": schema}, tool.path))
             origins[name] = {"type": "custom_tool_call", "name": name}
-        functions.append((tool, where))
+        for inner in tool["tools"] if kind == "namespace" else ():
+            own = inner["name"].want(str)
+            whole = f"{name}__{own}"
+            functions.append(Field({**inner.value, "name": whole}, inner.path))
+            origins[whole] = {"name": own, "namespace": name}
     return functions, origins
 
 
-def parse_tools(functions: List[Function]) -> Tuple[List[Json], Names]:
-    """-> (the tools as MCP lists them, their names)."""
-    found: List[Json] = []
+def parse_tools(functions: List[Field]) -> Tuple[List[Json], Names]:
+    """Functions: {name, description?, parameters?} -> (the tools as MCP lists them,
+    their names)."""
+    tools: List[Json] = []
     names: Names = {}
-    for function, where in functions:
-        name = want(function, "name", (str,), where)
+    for function in functions:
+        name = function["name"].want(str)
         if not name or name in names.values():
-            problem = "is used twice" if name else "must not be empty"
-            raise bad(where + ".name", f"The tool name '{name[:100]}' {problem}.")
+            problem = f"is used twice: '{name[:100]}'." if name else "must not be empty."
+            raise function["name"].error(problem)
         names[api_name(name)] = name
-        schema = may(function, "parameters", (dict,), where) or {}
-        schema = object_schema(schema, where + ".parameters")
-        text = may(function, "description", (str,), where) or ""
-        found.append(mcp_tool(api_name(name), text, schema))
-    return found, names
+        text = function["description"].may(str) or ""
+        schema = object_schema(function["parameters"])
+        tools.append(mcp_tool(api_name(name), text, schema))
+    return tools, names
 
 
 def mcp_tool(name: str, text: str, schema: Json) -> Json:
@@ -796,22 +799,23 @@ NUMERIC = re.compile("m(in|ax)imum|exclusiveM(in|ax)imum|multipleOf|m(in|ax)[A-Z
 JSON_TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 
 
-def object_schema(schema: Json, where: str) -> Json:
-    """`schema` as the API and the CLI accept it: an object at the top, each property an
+def object_schema(field: Field) -> Json:
+    """A schema as the API and the CLI accept it: an object at the top, each property an
     object, and no combinator at the top (the description has it instead).
     Raises APIError 400 for what can't mean an object."""
-    kind = "object" if schema.get("type") is None else schema["type"]
-    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
-        message = f"'{where}' must be a schema of type 'object' at the top."
-        raise bad(where, message, "invalid_schema")
-    schema = {k: v for k, v in modern(schema, where).items() if k != "$schema"}
+    kind = (field.may(dict) or {}).get("type")
+    if kind not in (None, "object") and not (type(kind) is list and "object" in kind):
+        problem = "must be a schema of type 'object' at the top."
+        raise field.error(problem, "invalid_schema")
+    schema = modern(Field(field.value or {}, field.path))
+    schema.pop("$schema", None)
     combined = {k: schema.pop(k) for k in COMBINATORS if k in schema}
     properties = union([b for branches in combined.values() for b in branches])
     properties.update(schema.get("properties", {}))
     schema.update({"properties": properties} if properties else {}, type="object")
     if combined:
         rule = "The value must also match: " + json.dumps(combined)
-        text = may(schema, "description", (str,), where)
+        text = field["description"].may(str)
         schema["description"] = f"{text}\n{rule}" if text else rule
     return schema
 
@@ -826,82 +830,71 @@ def union(branches: List[Json]) -> Json:
     return {k: {"anyOf": v} if len(v) > 1 else v[0] for k, v in lists.items()}
 
 
-def modern(schema: Any, where: str) -> Json:
+def modern(field: Field) -> Json:
     """A schema of any draft as one of JSON Schema 2020-12, at every depth: the
     CLI drops a tool with any other. Raises APIError 400 where it means nothing."""
-    if isinstance(schema, bool):
-        return {} if schema else {"not": {}}
-    schema = {k: v for k, v in check(schema, (dict,), where).items() if v is not None}
-    for name in may(schema, "required", (list,), where) or []:
-        check(name, (str,), where + ".required")
-    mend(schema)
-    for key in ("properties", "patternProperties", "$defs", "definitions"):
-        if key in schema:
-            inner, at = want(schema, key, (dict,), where), f"{where}.{key}"
-            schema[key] = {name: modern(v, f"{at}.{name}") for name, v in inner.items()}
-    for key in (*COMBINATORS, "prefixItems"):
-        if key in schema:
-            inner, at = want(schema, key, (list,), where), f"{where}.{key}"
-            schema[key] = [modern(v, f"{at}[{i}]") for i, v in enumerate(inner)]
-    for key in ("items", "additionalProperties", "not"):
-        if isinstance(schema.get(key), dict):
-            schema[key] = modern(schema[key], f"{where}.{key}")
+    if type(field.value) is bool:
+        return {} if field.value else {"not": {}}
+    for name in field["required"]:
+        name.want(str)
+    schema = mended(field.value)
+    field = Field(schema, field.path)
+    for key in schema.keys() & {"properties", "patternProperties", "$defs", "definitions"}:
+        schema[key] = {k: modern(field[key][k]) for k in field[key].want(dict)}
+    for key in schema.keys() & {*COMBINATORS, "prefixItems"}:
+        schema[key] = [modern(inner) for inner in field[key]]
+    for key in schema.keys() & {"items", "additionalProperties", "not"}:
+        if type(schema[key]) is dict:
+            schema[key] = modern(field[key])
     return schema
 
 
-def mend(schema: Json) -> None:
-    """Remove, or put right, what has no meaning in 2020-12, at the top of `schema`."""
-    schema.pop("$id", None)  # nothing refers to it, and the CLI refuses "#x"
-    for key, end in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
-        if type(schema.get(key)) is bool and schema.pop(key) and end in schema:
-            schema[key] = schema.pop(end)  # draft 4
+def mended(schema: Json) -> Json:
+    """A copy, less what has no meaning in 2020-12, at the top of it."""
+    empty = [key for key in (*COMBINATORS, "items", "prefixItems") if schema.get(key) == []]
+    gone = {"$id", *empty}  # nothing refers to the $id, and the CLI refuses "#x"
+    schema = {k: v for k, v in schema.items() if k not in gone and v is not None}
     kind = schema.get("type", [])
-    if any(k not in JSON_TYPES for k in (kind if isinstance(kind, list) else [kind])):
+    if any(k not in JSON_TYPES for k in (kind if type(kind) is list else [kind])):
         del schema["type"]  # "any", "file": no JSON type
     for key in ("required", "type"):
-        if isinstance(schema.get(key), list):
+        if type(schema.get(key)) is list:
             schema[key] = list(dict.fromkeys(schema[key]))  # each once
+    for key, end in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
+        if schema.get(key) is True and end in schema:
+            schema[key] = schema.pop(end)  # draft 4
     for key in filter(NUMERIC.fullmatch, list(schema)):
-        if isinstance(schema[key], str):  # "0" for 0
-            with contextlib.suppress(APIError):
-                schema[key] = parse_json(schema[key].encode())
+        if type(schema[key]) is str and schema[key].isdecimal():
+            schema[key] = int(schema[key])  # "0" for 0
         if type(schema[key]) not in (int, float):
             del schema[key]
     if schema.get("additionalProperties") in ("true", "false"):
         schema["additionalProperties"] = schema["additionalProperties"] == "true"
-    for key in (*COMBINATORS, "items", "prefixItems"):
-        if schema.get(key) == []:
-            del schema[key]
-    if type(schema.get("items")) is list:  # draft 7
-        schema["prefixItems"] = schema.pop("items")
-        if "additionalItems" in schema:
-            schema["items"] = schema.pop("additionalItems")
+    if type(schema.get("items")) is not list:
+        return schema
+    new = {"items": "prefixItems", "additionalItems": "items"}  # draft 7
+    return {new.get(key, key): value for key, value in schema.items()}
 
 
-def parse_choice(choice: Any, names: Names, parallel: bool) -> Json:
+def parse_choice(field: Field, names: Names, parallel: bool) -> Json:
     """tool_choice of either endpoint -> the Messages API's; {} for its default."""
-    if isinstance(choice, dict):
-        if choice.get("type", "function") not in ("function", "custom"):
-            raise bad("tool_choice.type", "'tool_choice.type' must be function.")
-        at = "tool_choice"
-        if "name" not in choice:  # chat completions
-            choice, at = want(choice, "function", (dict,), at), at + ".function"
-        name = want(choice, "name", (str,), at)
+    choice: Any = "auto" if field.value is None else field.value
+    if type(choice) is dict:
+        type_of(field, ("function", "custom"), "function")
+        holder = field if "name" in choice else field["function"]
+        name = holder["name"].want(str)
         if name not in names.values():
-            raise bad("tool_choice", f"The tool '{name[:100]}' is not in 'tools'.")
+            raise field.error(f"names '{name[:100]}', which is not in 'tools'.")
         found = {"type": "tool", "name": api_name(name)}
     elif choice not in ("none", "auto", "required"):
-        message = "'tool_choice' must be none, auto, required or a function."
-        raise bad("tool_choice", message)
+        raise field.error("must be none, auto, required or a function.")
     elif not names and choice == "required":
-        raise bad("tool_choice", "'tool_choice' is only allowed with 'tools'.")
+        raise field.error("is only allowed with 'tools'.")
     else:
         found = {"type": "any" if choice == "required" else choice}
-    if not names:
-        return {}
-    if not parallel and found["type"] != "none":
+    if not parallel and choice != "none":
         found["disable_parallel_tool_use"] = True
-    return {} if found == {"type": "auto"} else found
+    return found if names and found != {"type": "auto"} else {}
 
 
 def structured_choice(choice: Json, names: Names) -> Json:
@@ -935,34 +928,27 @@ class Transcript:
         self.ready = len(self.turns)  # turns that recall() has seen before
         self.system: List[str] = []
         self.ids = {b.get("id") for turn in self.turns for b in turn["content"]}
-        self.open: Dict[str, Tuple[str, str]] = {}  # client's id -> (where, API's id)
+        self.open: Dict[str, Tuple[Field, str]] = {}  # client's id -> (call, API's id)
 
-    def add_message(self, message: Any, where: str) -> None:
+    def add_message(self, message: Field) -> None:
         """A message of chat completions."""
-        role = want(check(message, (dict,), where), "role", (str,), where)
+        role, content = message["role"].want(str), message["content"]
         if role == "tool":
-            name = want(message, "tool_call_id", (str,), where)
-            blocks = parse_content(message, where, MEDIA)
-            self.add_result(name, blocks, where + ".tool_call_id")
+            self.add_result(message["tool_call_id"], parse_parts(content, MEDIA))
         elif role in ("system", "developer"):
-            self.add_system(parse_content(message, where, TEXT))
+            self.add_system(parse_parts(content, TEXT))
         elif role == "user":
-            self.add("user", parse_content(message, where, MEDIA))
+            self.add("user", parse_parts(content, MEDIA))
         elif role == "assistant":
-            self.add_assistant(message, where)
+            if message["audio"].value:
+                raise message["audio"].error("is not supported.")
+            if content.value is not None:  # it may have calls alone
+                self.add("assistant", parse_parts(content, (*TEXT, "refusal")))
+            for call in message["tool_calls"]:
+                self.add_call(call["id"], call["function"])
         else:
             known = "system, developer, user, assistant, tool"
-            raise bad(where + ".role", f"'{where}.role' must be one of {known}.")
-
-    def add_assistant(self, message: Json, where: str) -> None:
-        if message.get("audio"):
-            raise bad(where + ".audio", "Audio is not supported.")
-        blocks = parse_content(message, where, (*TEXT, "refusal"))
-        self.add("assistant", blocks)
-        for i, call in enumerate(may(message, "tool_calls", (list,), where) or []):
-            at = f"{where}.tool_calls[{i}]"
-            name = want(check(call, (dict,), at), "id", (str,), at)
-            self.add_call(name, want(call, "function", (dict,), at), at + ".function")
+            raise message["role"].error(f"must be one of {known}.")
 
     def add_system(self, blocks: List[Json]) -> None:
         text = "\n".join(block["text"] for block in blocks)
@@ -971,26 +957,25 @@ class Transcript:
         elif text:
             self.system.append(text)
 
-    def add_call(self, id: str, function: Json, where: str) -> None:
+    def add_call(self, id: Field, function: Field) -> None:
         """A call of `function`: {name, arguments}."""
-        tool = api_name(want(function, "name", (str,), where))
-        if id in self.open:
-            raise bad(where, f"The tool call id '{id[:100]}' is used twice.")
-        fresh = api_name(id)
+        name = api_name(function["name"].want(str))
+        if id.want(str) in self.open:
+            raise function.error(f"has an id used before: '{id.value[:100]}'.")
+        fresh = api_name(id.value)
         while fresh in self.ids:  # some clients count from 0 in each answer
-            fresh = f"{api_name(id)}-{len(self.ids)}"
+            fresh = f"{api_name(id.value)}-{len(self.ids)}"
         self.ids.add(fresh)
-        value = parse_arguments_of_call(may(function, "arguments", (str,), where) or "")
-        use = {"type": "tool_use", "id": fresh, "name": tool, "input": value}
+        value = call_input(function["arguments"].may(str) or "")
+        use = {"type": "tool_use", "id": fresh, "name": name, "input": value}
         self.add("assistant", [use])
-        self.open[id] = where, fresh
+        self.open[id.value] = function, fresh
 
-    def add_result(self, id: str, blocks: List[Json], where: str) -> None:
-        """The result of the call with that id, which stands at `where`."""
-        if id not in self.open:
-            text = f"'{where}' must be the id of a tool call without a response."
-            raise bad(where, text)
-        result: Json = {"type": "tool_result", "tool_use_id": self.open.pop(id)[1]}
+    def add_result(self, id: Field, blocks: List[Json]) -> None:
+        """The result of the call with that id."""
+        if id.want(str) not in self.open:
+            raise id.error("must be the id of a tool call without a response.")
+        result: Json = {"type": "tool_result", "tool_use_id": self.open.pop(id.value)[1]}
         if blocks:
             alone = len(blocks) == 1 and blocks[0].get("text")
             result["content"] = alone or blocks
@@ -1010,8 +995,8 @@ class Transcript:
             self.turns.append({"role": role, "content": blocks})
 
     def expect_no_open_call(self) -> None:
-        for name, (where, _) in self.open.items():
-            raise bad(where, f"The tool call '{name[:100]}' has no response.")
+        for id, (call, _) in self.open.items():
+            raise call.error(f"has no response: tool call '{id[:100]}'.")
 
     def called(self) -> List[str]:
         """The names of the tools in the conversation."""
@@ -1038,42 +1023,27 @@ class Transcript:
             self.add("user", [text_block(CONTINUE if self.turns else BEGIN)])
 
 
-def add_item(script: Transcript, item: Any, where: str, texts: Texts) -> None:
+def add_item(script: Transcript, item: Field, texts: Texts) -> None:
     """Add an item of `input`. `texts` as in parse_response()."""
-    item = {"type": "message", **check(item, (dict,), where)}
-    kind = type_of(item, ITEM_TYPES, where)
+    kind = type_of(item, ITEM_TYPES, "message")
     if kind == "message":
-        script.add_message(item, where)
+        script.add_message(item)
     elif kind == "item_reference":
-        id = want(item, "id", (str,), where)
+        id = item["id"].want(str)
         if id not in texts and not id.startswith("rs_"):
             message = f"Item with id '{id[:100]}' not found: this server stores only "
             message += "the last answers. Set `store: false`, or send the items."
-            raise APIError(404, message, "item_not_found", where + ".id")
+            raise APIError(404, message, "item_not_found", item["id"].path)
         script.add("assistant", [text_block(texts[id])] if id in texts else [])
+    elif kind.endswith("_output"):
+        script.add_result(item["call_id"], parse_parts(item["output"], MEDIA))
     elif kind != "reasoning":  # that comes back by the id of the call, see Thoughts
-        id = want(item, "call_id", (str,), where)
-        if kind.endswith("_output"):
-            output = want(item, "output", (str, list), where)
-            blocks = parse_parts(output, where + ".output", MEDIA)
-            return script.add_result(id, blocks, where + ".call_id")
+        function, space = dict(item.value), item["namespace"].may(str)
         if kind == "custom_tool_call":
-            text = want(item, "input", (str,), where)
-            item = {**item, "arguments": json.dumps({"input": text})}
-        space, name = may(item, "namespace", (str,), where), item.get("name")
-        item = {**item, "name": f"{space}__{name}"} if space else item
-        script.add_call(id, item, where)
-
-
-ITEM_TYPES = {  # of /v1/responses; all others are refused
-    "message": (HONOURED, "turn for turn, in their native roles"),
-    "function_call": (HONOURED, "a call in the assistant's turn"),
-    "custom_tool_call": (HONOURED, "a call in the assistant's turn"),
-    "function_call_output": (HONOURED, "its result: text, images, files"),
-    "custom_tool_call_output": (HONOURED, "its result: text, images, files"),
-    "item_reference": (HONOURED, "if one of the last answers held the item"),
-    "reasoning": (IGNORED, "signed thinking is kept here, by the id of the call"),
-}
+            function["arguments"] = json.dumps({"input": item["input"].want(str)})
+        if space:
+            function["name"] = f"{space}__{item['name'].value}"
+        script.add_call(item["call_id"], Field(function, item.path))
 
 
 def in_order(signed: List[Json], content: List[Json], uses: List[Json]) -> List[Json]:
@@ -1100,7 +1070,7 @@ def is_unsigned(turns: List[Json]) -> bool:
     return False
 
 
-def parse_arguments_of_call(text: str) -> Json:
+def call_input(text: str) -> Json:
     """A call's JSON arguments as the API wants them: an object. Anything else, such as
     what a model said that was cut short, is kept as text."""
     try:
@@ -1113,85 +1083,74 @@ def parse_arguments_of_call(text: str) -> Json:
 # The kinds of content, in chat completions and in /v1/responses.
 TEXT = ("text", "input_text", "output_text")
 MEDIA = (*TEXT, "image_url", "input_image", "file", "input_file")
+IMAGES = ("image/png", "image/jpeg", "image/gif", "image/webp")
 
 
-def parse_content(message: Json, where: str, kinds: Tuple[str, ...]) -> List[Json]:
-    """A message's content, a string or parts of the given kinds, as API blocks."""
-    empty = message["role"] == "assistant"  # it may have calls alone
-    content = (may if empty else want)(message, "content", (str, list), where) or []
-    return parse_parts(content, where + ".content", kinds)
-
-
-def parse_parts(content: Any, where: str, kinds: Tuple[str, ...]) -> List[Json]:
-    """A string, or parts of the given kinds, as API blocks."""
+def parse_parts(content: Field, kinds: Tuple[str, ...]) -> List[Json]:
+    """A string, or an array of parts of the given kinds, as API blocks."""
     blocks = []
-    for i, part in enumerate([content] if isinstance(content, str) else content):
-        at = f"{where}[{i}]"
-        if isinstance(part, str):  # some clients send bare strings in a list
-            part = {"type": "text", "text": part}
-        block = PARTS[type_of(part, kinds, at)](part, at)
+    for part in [content] if type(content.want(str, list)) is str else content:
+        if type(part.value) is str:  # some clients send bare strings in an array, too
+            block = text_block(part.value)
+        else:
+            block = PARTS[type_of(part, kinds)](part)
         if block["type"] != "text" or block["text"].strip():
             blocks.append(block)
     return blocks
 
 
-def image_part(part: Json, where: str) -> Json:
-    where += ".image_url"
-    holder = check(part.get("image_url"), (dict, str), where)
-    url = holder if isinstance(holder, str) else want(holder, "url", (str,), where)
-    if re.match(r"https?://", url):
-        return {"type": "image", "source": {"type": "url", "url": url}}
-    kind, data = parse_data_url(url, where + ".url")
+def image_part(part: Field) -> Json:
+    field = part["image_url"]
+    field = field["url"] if type(field.want(dict, str)) is dict else field
+    if re.match(r"https?://", field.want(str)):
+        return {"type": "image", "source": {"type": "url", "url": field.value}}
+    kind, data = parse_data_url(field, field.value)
     kind = "image/jpeg" if kind == "image/jpg" else kind
-    if kind not in ("image/png", "image/jpeg", "image/gif", "image/webp"):
-        message = f"'{where}' holds {kind[:50]}; the API takes PNG, JPEG, GIF and WebP."
-        raise bad(where + ".url", message, "unsupported_media_type")
+    if kind not in IMAGES:
+        problem = f"holds {kind[:50]}, and must be one of {', '.join(IMAGES)}."
+        raise field.error(problem, "unsupported_media_type")
     source = {"type": "base64", "media_type": kind, "data": data}
     return {"type": "image", "source": source}
 
 
-def file_part(holder: Json, where: str) -> Json:
+def file_part(holder: Field) -> Json:
     """`holder`: {file_data, filename?}."""
-    if holder.get("file_data") is None:
-        message = "Only 'file_data' is supported: this server stores no files."
-        raise bad(where, message, "unsupported_content")
-    url = want(holder, "file_data", (str,), where)
-    if not url.startswith("data:"):  # OpenAI takes the bare base64 of a PDF, too
-        url = "data:application/pdf;base64," + url
-    kind, data = parse_data_url(url, where + ".file_data")
+    field = holder["file_data"]
+    if field.value is None:
+        problem = "needs 'file_data': this server stores no files."
+        raise holder.error(problem, "unsupported_content")
+    bare = not field.want(str).startswith("data:")  # OpenAI takes that of a PDF
+    url = ("data:application/pdf;base64," if bare else "") + field.value
+    kind, data = parse_data_url(field, url)
     source = {"type": "base64", "media_type": kind, "data": data}
     if kind.startswith("text/") or kind == "application/json":
         text = base64.b64decode(data).decode("utf-8", "replace")
         source = {"type": "text", "media_type": "text/plain", "data": text}
     elif kind != "application/pdf":
-        message = f"'{where}' holds {kind[:50]}; PDF and text files are supported."
-        raise bad(where + ".file_data", message, "unsupported_media_type")
-    name = may(holder, "filename", (str,), where)
+        problem = f"holds {kind[:50]}; PDF and text files are supported."
+        raise field.error(problem, "unsupported_media_type")
+    name = holder["filename"].may(str)
     return {"type": "document", "source": source, **({"title": name} if name else {})}
 
 
-def parse_data_url(url: str, where: str) -> Tuple[str, str]:
+def parse_data_url(field: Field, url: str) -> Tuple[str, str]:
     """data:TYPE;base64,DATA (RFC 2397) -> (media type, base64)."""
     head, _, data = url.partition(",")
     if not head.startswith("data:") or not head.endswith(";base64"):
-        raise bad(where, f"'{where}' must be an http(s) or a base64 data: URL.")
+        raise field.error("must be an http(s) or a base64 data: URL.")
     data = re.sub(r"\s+", "", data)
     with contextlib.suppress(binascii.Error, ValueError):
         if base64.b64decode(data, validate=True):
             return head[len("data:") :].split(";")[0].lower(), data
-    raise bad(where, f"'{where}' holds invalid base64 data.")
-
-
-def text_part(part: Json, where: str) -> Json:
-    return text_block(want(part, "text", (str,), where))
+    raise field.error("holds invalid base64 data.")
 
 
 PARTS = {
-    **dict.fromkeys(TEXT, text_part),
-    "refusal": lambda part, where: text_block(want(part, "refusal", (str,), where)),
+    **dict.fromkeys(TEXT, lambda part: text_block(part["text"].want(str))),
+    "refusal": lambda part: text_block(part["refusal"].want(str)),
     "image_url": image_part,
     "input_image": image_part,
-    "file": lambda part, at: file_part(want(part, "file", (dict,), at), at + ".file"),
+    "file": lambda part: file_part(part["file"]),
     "input_file": file_part,
 }
 
@@ -1311,15 +1270,15 @@ def turn_line(turn: Json, place: int, version: Version) -> Json:
 def query_lines(ask: Ask, version: Version) -> List[Json]:
     """The options of this request, if it has any (reading them takes 10 ms), and the
     last turn, which starts the model."""
-    options, env = ask.options, {}
-    if options.effort:
-        env["CLAUDE_CODE_EFFORT_LEVEL"] = options.effort
-    if options.max_tokens:
-        env["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] = str(options.max_tokens)
-    if not options.thinking:
-        env["CLAUDE_CODE_DISABLE_THINKING"] = "1"
-    if options.tool_choice:
-        env["CLAUDE_CODE_EXTRA_BODY"] = '{"tool_choice":%s}' % options.tool_choice
+    options = ask.options
+    choice = '{"tool_choice":%s}' % options.tool_choice
+    env = {
+        "CLAUDE_CODE_EFFORT_LEVEL": options.effort,
+        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(options.max_tokens or ""),
+        "CLAUDE_CODE_DISABLE_THINKING": "" if options.thinking else "1",
+        "CLAUDE_CODE_EXTRA_BODY": choice if options.tool_choice else "",
+    }
+    env = {name: text for name, text in env.items() if text}
     last = query_line(ask.turns[-1], version)
     return [settings_line({"env": env}), last] if env else [last]
 
@@ -1364,31 +1323,31 @@ def conversation(ask: Ask, turns: List[Json], version: Version) -> Conversation:
     return Conversation(ask.model, json.dumps(ask.setup), list(map(json.dumps, lines)))
 
 
-def mcp_result(method: Any, params: Json, tools: Iterable[Json]) -> Json:
-    """What an MCP server that holds `tools` answers."""
+def mcp_line(line: Json, tools: Iterable[Json]) -> Optional[Json]:
+    """What an MCP server that holds `tools` answers to a control_request. None to
+    `tools/call`: that is the client's part, and this process ends with the answer."""
+    message = line["request"].get("message") or {}
+    method, params = message.get("method"), message.get("params") or {}
+    if method == "tools/call":
+        return None
+    result: Json = {"tools": tools} if method == "tools/list" else {}
     if method == "initialize":
-        result = {"protocolVersion": params.get("protocolVersion")}
-        server = {"name": SERVER, "version": __version__}
-        return {**result, "capabilities": {"tools": {}}, "serverInfo": server}
-    return {"tools": tools} if method == "tools/list" else {}
-
-
-def matters(line: bytes) -> bool:
-    """Whether a line is worth parsing. The CLI prints a useless line for each thought,
-    and each finished block once more (its message has no stop_reason of its own; quotes
-    in a text would be escaped)."""
-    if line.startswith(b'{"type":"system"'):
-        return b'"subtype":"init"' in line or b'"api_retry"' in line
-    if line.startswith(b'{"type":"assistant"'):
-        return b'"stop_reason":null' not in line[:500]
-    return line.startswith(b"{")
+        result.update(protocolVersion=params.get("protocolVersion"))
+        result.update(serverInfo={"name": SERVER, "version": __version__})
+        result.update(capabilities={"tools": {}})
+    inner = {"jsonrpc": "2.0", "id": message.get("id", 0), "result": result}
+    response = {"subtype": "success", "request_id": line["request_id"]}
+    response["response"] = {"mcp_response": inner}
+    return {"type": "control_response", "response": response}
 
 
 def parse_lines(lines: Iterable[bytes]) -> Iterator[Json]:
-    """The lines that matter. What is no JSON is skipped as other noise is."""
-    for line in filter(matters, lines):
+    """The lines that are JSON objects. The CLI also prints noise."""
+    for line in lines:
         with contextlib.suppress(ValueError, RecursionError):
-            yield json.loads(line)
+            value = json.loads(line)
+            if type(value) is dict:
+                yield value
 
 
 # ── Installation ───────────────────────────────────────────────────────────────────
@@ -1416,9 +1375,9 @@ class Program(NamedTuple):
     version: Version
     stamp: Tuple[Any, ...]
 
-    @property
-    def version_text(self) -> str:
-        return ".".join(map(str, self.version))
+
+def dotted(version: Version) -> str:
+    return ".".join(map(str, version))
 
 
 def find_claude(chosen: str) -> str:
@@ -1433,17 +1392,13 @@ def find_claude(chosen: str) -> str:
             problem = "is no file" if os.path.exists(path) else "does not exist"
         raise APIError(503, f"The program given with --claude {problem}.", "no_cli")
     found = [shutil.which("claude")]
-    for place in PLACES:
-        matches = glob.glob(os.path.expanduser(place) + "/claude")
-        found += sorted(matches, key=numbers_in, reverse=True)  # the newest node first
+    for place in PLACES:  # of several versions of node the newest first
+        paths = glob.glob(os.path.expanduser(place) + "/claude")
+        found += sorted(paths, key=lambda p: list(map(int, re.findall(r"\d+", p))))[::-1]
     for path in found:
         if path and os.access(path, os.X_OK):
             return os.path.abspath(path)  # the CLI runs in another directory
     raise APIError(503, NO_CLI, "no_cli")
-
-
-def numbers_in(path: str) -> List[int]:
-    return [int(digits) for digits in re.findall(r"\d+", path)]
 
 
 def stamp_of(path: str) -> Tuple[Any, ...]:
@@ -1461,12 +1416,11 @@ def probe(path: str) -> Program:
     if not found:
         message = "What was found as `claude` does not tell its --version."
         raise APIError(503, message, "no_cli")
-    program = Program(path, tuple(map(int, found.groups())), stamp)
-    if program.version < OLDEST_CLI:
-        oldest, own = ".".join(map(str, OLDEST_CLI)), program.version_text
-        message = f"Claude Code {own} is too old; {oldest} is needed: `claude update`."
-        raise APIError(503, message, "cli_too_old")
-    return program
+    version = tuple(map(int, found.groups()))
+    if version < OLDEST_CLI:
+        message = f"Claude Code {dotted(version)} is too old; {dotted(OLDEST_CLI)} is "
+        raise APIError(503, message + "needed: `claude update`.", "cli_too_old")
+    return Program(path, version, stamp)
 
 
 def is_logged_in(path: str) -> bool:
@@ -1559,9 +1513,9 @@ class Claude:
         self.tools: List[Json] = []
         self.todo: collections.deque = collections.deque()  # (line, whether to wait)
         self.outbox = bytearray()
+        self.inbox = bytearray()  # a line without its end
         self.waiting = False
         self.ended = False  # its output
-        self.partial: List[bytes] = []  # of a line without its end
         self.alive_at = self.born = time.monotonic()  # the last sign of life
         self.complaint = b""  # the end of its stderr
         self.stopped = 0.0  # when it was sent a signal
@@ -1578,10 +1532,6 @@ class Claude:
         self.pipes = self.stdin, self.stdout, self.process.stderr
         for pipe in self.pipes:
             os.set_blocking(pipe.fileno(), False)
-
-    def is_usable(self, program: Program) -> bool:
-        """Whether it is alive, and of the CLI that is installed now."""
-        return self.program == program and self.process.poll() is None
 
     def fits(self, wanted: Conversation) -> bool:
         """Whether all that it has been sent is the beginning of `wanted`. The model may
@@ -1601,16 +1551,16 @@ class Claude:
 
     def tell(self, wanted: Conversation, query: Iterable[str] = ()) -> None:
         """Send what is missing of `wanted`, which it fits, then `query`."""
-        has = self.conversation
+        has, before = self.conversation, []
         if has.model != wanted.model:
-            line = settings_line({"model": wanted.model})
-            self.todo.append((json.dumps(line), False))
+            before.append(settings_line({"model": wanted.model}))
         if has.setup is None and wanted.setup:
             setup = Setup(*json.loads(wanted.setup))
             self.tools = setup.tools
-            self.todo.append((json.dumps(initialize_line(setup)), False))
-        for turn in wanted.turns[len(has.turns) :]:
-            self.todo.append((turn, turn.startswith('{"type": "user"')))
+            before.append(initialize_line(setup))
+        turns = wanted.turns[len(has.turns) :]
+        self.todo.extend((json.dumps(line), False) for line in before)
+        self.todo.extend((turn, turn.startswith('{"type": "user"')) for turn in turns)
         self.todo.extend((line, False) for line in query)
         self.conversation, self.alive_at = wanted, time.monotonic()
         self.advance()
@@ -1636,14 +1586,12 @@ class Claude:
         """The lines that have come, less those for settle(). Raises APIError 502."""
         data = read_some(self.stdout)
         self.ended = data == b""
-        head, newline, tail = (data or b"").rpartition(b"\n")
-        if not newline:
-            self.partial.append(tail)
-            if sum(map(len, self.partial)) > MAX_LINE:
+        self.inbox += data or b""
+        if b"\n" not in (data or b""):
+            if len(self.inbox) > MAX_LINE:
                 raise APIError(502, "The Claude CLI printed a line without an end.")
             return []
-        lines = b"".join([*self.partial, head]).split(b"\n")
-        self.partial = [tail]
+        *lines, self.inbox = self.inbox.split(b"\n")
         try:
             return [line for line in parse_lines(lines) if not self.settle(line)]
         except STRANGE:
@@ -1661,25 +1609,15 @@ class Claude:
         if kind == "stream_event":
             self.alive_at = time.monotonic()
         elif kind == "control_request":
-            self.answer_mcp(line["request_id"], line["request"].get("message") or {})
+            reply = mcp_line(line, self.tools)
+            self.outbox += json.dumps(reply).encode() + b"\n" if reply else b""
+            self.write()
             return True
         elif kind == "result" and self.waiting and not line.get("is_error"):
             self.waiting, self.alive_at = False, time.monotonic()
             self.advance()
             return True
         return False
-
-    def answer_mcp(self, id: str, message: Json) -> None:
-        if message.get("method") == "tools/call":
-            return  # the client's part; this process ends with the answer
-        params = message.get("params") or {}
-        result = mcp_result(message.get("method"), params, self.tools)
-        reply = {"jsonrpc": "2.0", "id": message.get("id", 0), "result": result}
-        response = {"subtype": "success", "request_id": id}
-        response["response"] = {"mcp_response": reply}
-        line = {"type": "control_response", "response": response}
-        self.outbox += json.dumps(line).encode() + b"\n"
-        self.write()
 
     def stop(self, how: int = signal.SIGTERM) -> None:
         """Signal the whole group. After SIGTERM the CLI removes its session file;
@@ -1741,17 +1679,16 @@ class TimedReader(io.RawIOBase):
         """Whether the client is gone. What it sends meanwhile is kept."""
         if self.is_full():
             return False  # the end can't be seen behind so much
-        if self.ended:
-            return not self.listens()
-        self.connection.setblocking(False)  # who reads or writes sets a time-out
-        try:
-            data = self.connection.recv(MAX_AHEAD)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-        self.ahead += data
-        self.ended = not data
+        if not self.ended:
+            self.connection.setblocking(False)  # who reads or writes sets a time-out
+            try:
+                data = self.connection.recv(MAX_AHEAD)
+            except BlockingIOError:
+                return False
+            except OSError:
+                return True
+            self.ahead += data
+            self.ended = not data
         return self.ended and not self.listens()
 
     def listens(self) -> bool:
@@ -1760,9 +1697,9 @@ class TimedReader(io.RawIOBase):
         if time.monotonic() < self.poke_at:
             return True
         try:
-            for pause in (0.02, 0.0):
-                self.poke()
-                time.sleep(pause)
+            self.poke()
+            time.sleep(0.02)
+            self.poke()
         except OSError:
             return False
         self.poke_at = time.monotonic() + TICK_SECONDS
@@ -1823,7 +1760,7 @@ def check_life(selector: Selector, claude: Claude, patience: float) -> None:
     if claude.stopped:
         unwatch(selector, claude)
     elif claude.ended:
-        raise died(claude)
+        raise APIError(502, "The Claude CLI ended before its answer did.", "cli_died")
     elif time.monotonic() - claude.alive_at > patience:
         message = f"Claude was silent for {patience:g} seconds."
         raise APIError(504, message, "timeout")
@@ -1867,15 +1804,6 @@ def unwatch(selector: Selector, claude: Claude) -> None:
             selector.unregister(pipe)
 
 
-def died(claude: Claude) -> APIError:
-    """The error for a process whose output ended before its answer did."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        claude.process.wait(TICK_SECONDS)
-    code = claude.process.returncode
-    message = f"The Claude CLI ended (exit code {code}) before its answer did."
-    return APIError(502, message, "cli_died")
-
-
 # ── Spares ─────────────────────────────────────────────────────────────────────────
 # Processes that are started before they are needed, and the end of every process.
 
@@ -1915,8 +1843,8 @@ class Keeper:
         self.home = ""  # see directory()
         self.selector = selectors.DefaultSelector()
         self.woken, self.waker = socket.socketpair()  # ends the main thread's wait
-        for end in (self.woken, self.waker):
-            end.setblocking(False)
+        self.woken.setblocking(False)
+        self.waker.setblocking(False)
         self.selector.register(self.woken, selectors.EVENT_READ)
 
     def directory(self) -> str:
@@ -1943,7 +1871,10 @@ class Keeper:
     def take(self, wanted: Conversation, program: Program) -> Optional[Claude]:
         """The best usable spare, if any, which is the caller's from now on."""
         with self.lock:
-            usable = [c for c in self.spares if c.is_usable(program) and c.fits(wanted)]
+            usable = [
+                c for c in self.spares
+                if c.program == program and c.process.poll() is None and c.fits(wanted)
+            ]  # fmt: skip
             best = max(usable, key=Claude.readiness, default=None)
             return best and self.release(best)
 
@@ -2092,9 +2023,24 @@ FINISH_REASONS = {  # the Messages API's stop_reason -> OpenAI's finish_reason
 # After these stop reasons the CLI makes no further API request, unless the answer was
 # empty. After any other it may, even during shutdown, so it is killed.
 CALM_STOPS = ("end_turn", "stop_sequence")
+# The type of a block -> the channel of its text; the type of a delta -> its text's name.
+CHANNELS = {"text": "content", "thinking": "reasoning_content"}
+DELTA_TEXTS = {
+    "text_delta": "text", "thinking_delta": "thinking", "input_json_delta": "partial_json",
+}  # fmt: skip
 
-Delta = Json  # {index, delta, finish_reason}: a choice of a chunk
-Deltas = Optional[List[Delta]]
+
+class Delta(NamedTuple):
+    """What is new of the answer `index`: a text of a channel (see Answer), or the
+    finish_reason. A call begins with an empty text; else such a text adds nothing."""
+
+    index: int
+    channel: Any = None
+    text: str = ""
+    finish_reason: Optional[str] = None
+
+
+Deltas = Optional[Iterator[Delta]]
 
 
 class Answer:
@@ -2123,10 +2069,9 @@ class Answer:
         self.repeated: Dict[Any, str] = {}
         self.held = ""  # text that may be the beginning of a stop string
         self.block: Json = {}  # the open content block
-        self.channel: Any = None  # where its deltas go
+        self.pieces: List[str] = []  # of its text, or of its arguments
+        self.channel: Any = None  # where they go
         self.call_count = 0  # since the answer was started or restarted
-        self.pieces: List[str] = []  # of the arguments of the open block
-        self.has_role = False  # whether a delta had the role
 
     def feed(self, line: Json) -> List[Delta]:
         """Raises APIError for a failure that the CLI reports, and 502 for a line of a
@@ -2135,26 +2080,18 @@ class Answer:
             handler = self.LINES.get(line["type"])
             if not handler or self.finish_reason:
                 return []
-            deltas = handler(self, line) or []
+            deltas = list(handler(self, line) or ())
         except STRANGE:
             raise strange_line() from None
         if self.finish_reason:
-            deltas.append(self.delta({}, self.finish_reason))
+            deltas.append(Delta(self.index, finish_reason=self.finish_reason))
         return deltas
-
-    def delta(self, delta: Json, finish_reason: Optional[str] = None) -> Delta:
-        """The first one has the role."""
-        if not self.has_role:
-            self.has_role = True
-            delta = {"role": "assistant", "content": "", **delta}
-        return {"index": self.index, "delta": delta, "finish_reason": finish_reason}
 
     def on_event(self, line: Json) -> Deltas:
         event = line["event"]
         handler = self.EVENTS.get(event["type"])
-        if handler is None or line.get("parent_tool_use_id"):
-            return None
-        return handler(self, event)
+        nested = line.get("parent_tool_use_id")
+        return handler(self, event) if handler and not nested else None
 
     def on_message_start(self, event: Json) -> Deltas:
         first, message = not self.model, event["message"]
@@ -2162,67 +2099,54 @@ class Answer:
         self.count(message["usage"])
         self.repeated = {key: self.text(key) for key in self.sent if self.text(key)}
         self.call_count, self.blocks = 0, []
-        return [self.delta({"content": ""})] if first else None  # a sign of life
+        if first:
+            yield Delta(self.index, "content")  # a sign of life
 
     def on_block_start(self, event: Json) -> Deltas:
         self.block = block = dict(event["content_block"])
-        self.pieces = []
-        if block["type"] != "tool_use":
-            channels = {"text": "content", "thinking": "reasoning_content"}
-            self.channel = channels.get(block["type"])
-        elif not (self.ask.structured and block["name"] == STRUCTURED_OUTPUT):
-            return self.on_call(block)
-        else:  # the model may call it again: the first one is the content
-            again = any(known.get("name") == STRUCTURED_OUTPUT for known in self.blocks)
-            self.channel = None if again else "content"
-        return None
+        self.pieces, self.channel = [], CHANNELS.get(block["type"])
+        if block["type"] == "tool_use":
+            if not self.ask.structured or block["name"] != STRUCTURED_OUTPUT:
+                yield from self.on_call(block)
+            elif all(known.get("name") != STRUCTURED_OUTPUT for known in self.blocks):
+                self.channel = "content"  # a second one is never told
 
     def on_call(self, block: Json) -> Deltas:
         index = self.channel = self.call_count
         self.call_count += 1
         name = string(self.ask.names.get(block["name"], block["name"]))
-        if index < len(self.calls):  # repeated; the first id stands
-            if self.calls[index]["name"] != name:
-                raise interrupted()
-            return None
-        self.calls.append({"id": string(block["id"]), "name": name})
-        return [self.delta({"tool_calls": [{"index": index, **self.call(index)}]})]
-
-    def call(self, index: int) -> Json:
-        """A tool call of the message, with its arguments so far."""
-        function = {"name": self.calls[index]["name"], "arguments": self.text(index)}
-        return {"id": self.calls[index]["id"], "type": "function", "function": function}
+        if index == len(self.calls):
+            self.calls.append({"id": string(block["id"]), "name": name})
+            yield Delta(self.index, index)
+        elif self.calls[index]["name"] != name:  # repeated; the first id stands
+            raise interrupted()
 
     def on_block_delta(self, event: Json) -> Deltas:
         delta = event["delta"]
-        field = delta["type"][: -len("_delta")]
-        if field == "input_json":
-            self.pieces.append(string(delta["partial_json"]))
-            if self.ask.properties.get(self.block.get("name")):
-                return None  # said as a whole, by the client's names
-            return self.say(delta["partial_json"])
-        if field not in ("text", "thinking", "signature"):
-            return None
-        self.block[field] += delta[field]
-        return self.say(delta[field]) if field != "signature" else None
+        if delta["type"] == "signature_delta":
+            self.block["signature"] += delta["signature"]
+        elif delta["type"] in DELTA_TEXTS:
+            text = string(delta[DELTA_TEXTS[delta["type"]]])
+            self.pieces.append(text)
+            if not self.ask.properties.get(self.block.get("name")):
+                yield from self.say(text)
 
     def on_block_stop(self, event: Json) -> Deltas:
         block, text = self.block, "".join(self.pieces)
+        if block["type"] in CHANNELS:
+            block[block["type"]] += text
         if block["type"] != "text" or block["text"].strip():
             self.blocks.append(block)  # the API refuses an empty text
-        if block["type"] != "tool_use":
-            return None
-        names = self.ask.properties.get(block["name"]) or {}
-        if text and not names:
-            return None  # it was said piece by piece
-        value = json.loads(text) if text else block["input"]
-        value = {names.get(key, key): item for key, item in value.items()}
-        return self.say(json.dumps(value, ensure_ascii=False))
+        names = self.ask.properties.get(block.get("name"))
+        if block["type"] == "tool_use" and (names or not text):  # not said in pieces
+            value = json.loads(text) if text else block["input"]
+            value = {(names or {}).get(key, key): item for key, item in value.items()}
+            yield from self.say(json.dumps(value, ensure_ascii=False))
 
     def on_message_delta(self, event: Json) -> Deltas:
         self.count(event.get("usage") or {})
-        reason = event["delta"].get("stop_reason")
-        return self.finish(reason) if reason else None
+        if event["delta"].get("stop_reason"):
+            yield from self.finish(event["delta"]["stop_reason"])
 
     def count(self, usage: Json) -> None:
         """The newest numbers stand: a message's end counts on from its start."""
@@ -2239,33 +2163,28 @@ class Answer:
         if message.get("model") == "<synthetic>":  # a failure of the CLI's own
             texts = [block.get("text", "") for block in message["content"]]
             self.failed_before = "\n".join(texts)
-            return None
-        if self.category or not message.get("stop_reason"):
-            return None
-        deltas = self.on_message_start({"message": message}) or []
-        for block in message["content"]:
-            deltas += self.on_block_start({"content_block": block}) or []
-            if block["type"] in ("text", "thinking"):
-                deltas += self.say(block[block["type"]]) or []
-            deltas += self.on_block_stop({}) or []
-        return deltas + (self.finish(message["stop_reason"]) or [])
+        elif message.get("stop_reason") and not self.category:
+            yield from self.on_message_start({"message": message})
+            for block in message["content"]:
+                yield from self.on_block_start({"content_block": block})
+                if block["type"] in CHANNELS:
+                    yield from self.say(block[block["type"]])
+                yield from self.on_block_stop({})
+            yield from self.finish(message["stop_reason"])
 
     def on_result(self, line: Json) -> Deltas:
         """The end of the turn. An answer would have been complete before."""
-        status, text = line.get("api_error_status"), line.get("result")
+        status, reason = line.get("api_error_status"), line.get("terminal_reason")
         if not line.get("is_error"):
             if not self.failed_before:
                 raise APIError(502, "Claude ended without an answer.")
             status = 400  # 2.1.112 refuses an image by itself so
-        text = str(text or self.failed_before)
-        resets_at = self.rate_limit.get("resetsAt") or 0
-        wait = resets_at - self.now
-        reason = line.get("terminal_reason")
-        error = failure(status, reason, self.category, text, wait)
-        if error.status == 429 and wait > LIMIT_SECONDS:  # Codex would wait for it
-            limit = {"type": "usage_limit_reached", "resets_at": int(resets_at)}
-            error.body["error"].update(limit)
-        raise error
+        words = [reason, status, self.category]
+        if self.category == "authentication_failed":  # also with a 403
+            words = [self.category]
+        text = str(line.get("result") or self.failed_before)
+        wait = (self.rate_limit.get("resetsAt") or 0) - self.now
+        raise failure(words, text, wait, self.now)
 
     def on_system(self, line: Json) -> Deltas:
         """The tools that the CLI took, or a retry to come: it only helps against
@@ -2277,8 +2196,7 @@ class Answer:
             if 400 <= status < 500:
                 text = f"The Claude API answered {status} ({category})."
                 wait = line["retry_delay_ms"] / 1000
-                raise failure(status, None, category, text, wait)
-        return None
+                raise failure([status, category], text, wait, self.now)
 
     def expect_tools(self, taken: List[str]) -> None:
         """The CLI drops a tool in silence if it does not like the schema."""
@@ -2287,11 +2205,10 @@ class Answer:
             if tool["name"] not in taken:
                 name = self.ask.names.get(tool["name"], tool["name"])
                 message = f"Claude Code does not take the schema of '{name}'."
-                raise bad("tools", message, "invalid_schema")
+                raise APIError(400, message, "invalid_schema", "tools")
 
     def on_rate_limit(self, line: Json) -> Deltas:
         self.rate_limit = dict(line["rate_limit_info"])
-        return None
 
     EVENTS = {
         "message_start": on_message_start,
@@ -2310,20 +2227,13 @@ class Answer:
 
     def say(self, text: str) -> Deltas:
         """The delta for what is new of a text of the open block."""
-        channel, text = self.channel, string(text)
-        if channel is None:
-            return None
+        channel = self.channel
         if channel in self.repeated:
             text = self.skip_repeated(channel, text)
-        self.sent[channel].append(text)
-        if channel == "content":
-            text = self.hold_back(text)
-        if not text:
-            return None
-        if isinstance(channel, int):
-            part = {"index": channel, "function": {"arguments": text}}
-            return [self.delta({"tool_calls": [part]})]
-        return [self.delta({channel: text})]
+        if channel is not None:
+            self.sent[channel].append(text)
+            text = self.hold_back(text) if channel == "content" else text
+            yield from [Delta(self.index, channel, text)] if text else []
 
     def skip_repeated(self, channel: Any, text: str) -> str:
         """What is new of a text of a restarted answer."""
@@ -2357,7 +2267,7 @@ class Answer:
     def finish(self, reason: str) -> Deltas:
         """The message is complete: release what was held back."""
         if self.finish_reason:
-            return None  # it was cut at a stop string
+            return  # it was cut at a stop string
         missing = self.repeated.keys() - {"reasoning_content"}
         if missing or self.call_count < len(self.calls):
             raise interrupted()
@@ -2365,19 +2275,25 @@ class Answer:
         if reason == "tool_use" and not self.calls:
             self.finish_reason = "stop"  # it was the structured output's own tool
         self.calm = reason in CALM_STOPS and bool(self.text("content"))
-        return [self.delta({"content": self.held})] if self.held else None
+        yield Delta(self.index, "content", self.held)
 
     def text(self, channel: Any) -> str:
         return "".join(self.sent.get(channel, ()))
 
     def message(self) -> Json:
-        """The message that the deltas add up to."""
-        calls = [self.call(index) for index in range(len(self.calls))]
+        """The message of chat completions that the deltas add up to."""
+        calls = [call_of(c, self.text(i)) for i, c in enumerate(self.calls)]
         content = self.text("content") or (None if calls else "")
         message = {"role": "assistant", "content": content, "refusal": None}
         if self.text("reasoning_content"):
             message["reasoning_content"] = self.text("reasoning_content")
         return {**message, "tool_calls": calls} if calls else message
+
+
+def call_of(call: Json, arguments: str) -> Json:
+    """An element of `tool_calls`."""
+    function = {"name": call["name"], "arguments": arguments}
+    return {"id": call["id"], "type": "function", "function": function}
 
 
 def string(value: Any) -> str:
@@ -2393,10 +2309,8 @@ def interrupted() -> APIError:
 
 def open_end(text: str, stop: str) -> int:
     """How many characters at the end of `text` may be the beginning of `stop`."""
-    for size in range(min(len(stop) - 1, len(text)), 0, -1):
-        if text.endswith(stop[:size]):
-            return size
-    return 0
+    sizes = range(min(len(stop) - 1, len(text)), 0, -1)
+    return next((size for size in sizes if text.endswith(stop[:size])), 0)
 
 
 class Reply:
@@ -2409,6 +2323,7 @@ class Reply:
         self.answers = [Answer(ask, index, created) for index in range(ask.n)]
         self.first: Optional[float] = None  # seconds until its first token
         self.texts: Texts = {}
+        self.begun: Set[int] = set()  # answers that have sent a role
 
     @property
     def model(self) -> str:
@@ -2437,7 +2352,7 @@ class Reply:
             f"{output}_tokens_details": {"reasoning_tokens": thought},
         }
 
-    def chunk(self, choices: List[Delta], usage: Optional[Json] = None) -> str:
+    def chunk(self, choices: List[Json], usage: Optional[Json] = None) -> str:
         chunk = {"id": self.id, "object": "chat.completion.chunk"}
         chunk.update(created=self.created, model=self.model, choices=choices)
         if self.ask.include_usage:
@@ -2445,11 +2360,24 @@ class Reply:
         return f"data: {json.dumps(chunk)}\n\n"
 
     def event(self, delta: Delta) -> str:
-        return self.chunk([delta])
+        """A delta as server-sent events; "" if it adds nothing."""
+        index, channel, text, reason = delta
+        fields = {} if index in self.begun else {"role": "assistant", "content": ""}
+        self.begun.add(index)
+        if type(channel) is int:
+            call = {"index": channel, "function": {"arguments": text}}
+            if not text:
+                call.update(call_of(self.answers[index].calls[channel], ""))
+            fields["tool_calls"] = [call]
+        elif text:
+            fields[channel] = text
+        choice = {"index": index, "delta": fields, "finish_reason": reason}
+        return self.chunk([choice]) if fields or reason else ""
 
     def alive(self) -> str:
         """An event that changes nothing."""
-        return self.event(self.answers[0].delta({"content": ""}))
+        choice = {"index": 0, "delta": {"content": ""}, "finish_reason": None}
+        return self.event(Delta(0)) or self.chunk([choice])
 
     def end(self) -> str:
         usage = self.chunk([], self.usage()) if self.ask.include_usage else ""
@@ -2457,7 +2385,7 @@ class Reply:
 
     def fail(self, error: APIError) -> str:
         """The end of a stream that has begun."""
-        return f"data: {json.dumps(error.body)}\n\n"
+        return f"data: {json.dumps({'error': error.error})}\n\n"
 
     def completion(self) -> Json:
         """What the deltas add up to."""
@@ -2469,13 +2397,12 @@ class Reply:
 
     def notes(self) -> Json:
         """What the log says of it."""
-        notes: Json = {"model": printable(self.model)[:60]}
+        notes, usage = {"model": printable(self.model)[:60]}, self.usage()
         if self.first is not None:
             notes["first"] = f"{self.first:.3f}"
         if self.is_complete:
-            usage = self.usage()
-            notes["in"] = usage["prompt_tokens"]
-            notes["cached"] = usage["prompt_tokens_details"]["cached_tokens"]
+            cached = usage["prompt_tokens_details"]["cached_tokens"]
+            notes.update({"in": usage["prompt_tokens"], "cached": cached})
             notes["out"] = usage["completion_tokens"]
         return notes
 
@@ -2489,11 +2416,11 @@ TEXT_EVENTS = {
     "custom_tool_call": ("custom_tool_call_input", "input"),
 }
 # Where the text is a part: the field of the parts, their event, index, and empty part.
-OUTPUT_PART = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-SUMMARY_PART = {"type": "summary_text", "text": ""}
+TEXT_PART = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+THOUGHT_PART = {"type": "summary_text", "text": ""}
 PART_EVENTS = {
-    "message": ("content", "content_part", "content_index", OUTPUT_PART),
-    "reasoning": ("summary", "reasoning_summary_part", "summary_index", SUMMARY_PART),
+    "message": ("content", "content_part", "content_index", TEXT_PART),
+    "reasoning": ("summary", "reasoning_summary_part", "summary_index", THOUGHT_PART),
 }
 
 
@@ -2513,7 +2440,7 @@ class ResponseReply(Reply):
         self.pieces: List[str] = []
         self.events: List[str] = []
         self.sequence = 0
-        self.error: Optional[Json] = None
+        self.failed: Optional[Json] = None  # {code, message}
 
     def emit(self, type: str, **fields: Any) -> None:
         event = {"type": type, "sequence_number": self.sequence, **fields}
@@ -2522,33 +2449,28 @@ class ResponseReply(Reply):
 
     def emit_inside(self, event: str, **fields: Any) -> None:
         """An event of the open item."""
-        item, head = self.output[-1], {"output_index": len(self.output) - 1}
+        item, place = self.output[-1], {"output_index": len(self.output) - 1}
         if "item" not in fields:
-            head["item_id"] = item["id"]
+            place["item_id"] = item["id"]
             if item["type"] in PART_EVENTS:
-                head[PART_EVENTS[item["type"]][2]] = 0
-        self.emit(f"response.{event}", **head, **fields)
+                place[PART_EVENTS[item["type"]][2]] = 0
+        self.emit(f"response.{event}", **place, **fields)
 
     def flush(self) -> str:
         events, self.events = "".join(self.events), []
         return events
 
     def event(self, delta: Delta) -> str:
+        _, channel, text, reason = delta
         if not self.sequence:
             self.begin()
-        for channel, text in delta["delta"].items():
-            call: Json = {}
-            if channel == "tool_calls":
-                (call,) = text
-                channel, text = call["index"], call["function"]["arguments"]
-            hidden = channel == "reasoning_content" and not self.ask.summary
-            if (text or call) and channel != "role" and not hidden:
-                self.add(channel, text, call)
-        reason = delta["finish_reason"]
-        if reason == "content_filter":
-            self.error = {"code": "invalid_prompt", "message": REFUSAL}
+        hidden = channel == "reasoning_content" and not self.ask.summary
+        if (text or type(channel) is int) and not hidden:
+            self.add(channel, text)
         if reason:
             self.close("incomplete" if reason == "length" else "completed")
+        if reason == "content_filter":
+            self.failed = {"code": "invalid_prompt", "message": REFUSAL}
         return self.flush()
 
     def begin(self) -> None:
@@ -2556,35 +2478,35 @@ class ResponseReply(Reply):
             self.emit("response.created", response=self.completion())
         self.emit("response.in_progress", response=self.completion())
 
-    def add(self, channel: Any, text: str, call: Json) -> None:
+    def add(self, channel: Any, text: str) -> None:
         if channel != self.channel:
-            if call and "id" not in call:  # it was closed: a restart had more before it
+            if type(channel) is int and text:  # closed: a restart had more before it
                 raise interrupted()
             self.close("completed")
-            self.open(channel, call)
+            self.open(channel)
         self.pieces.append(text)
         kind = self.output[-1]["type"]
         if text and kind != "custom_tool_call":  # its input is known at the end
             extra = {"logprobs": []} if kind == "message" else {}
             self.emit_inside(TEXT_EVENTS[kind][0] + ".delta", delta=text, **extra)
 
-    def open(self, channel: Any, call: Json) -> None:
+    def open(self, channel: Any) -> None:
         """Begin an item."""
         self.channel, self.pieces = channel, []
         id = f"{self.id[len(self.prefix) :]}{len(self.output)}"
-        if call:
-            name = call["function"]["name"]
-            item = {"type": "function_call", "id": f"fc_{id}", "call_id": call["id"]}
-            item.update(self.ask.origins.get(name, {"name": name}))
-            item.update({TEXT_EVENTS[item["type"]][1]: "", "status": "in_progress"})
-        elif channel == "content":
+        if channel == "content":
             item = {"type": "message", "id": f"msg_{id}", "role": "assistant"}
             item.update(status="in_progress", content=[])
-        else:
+        elif channel == "reasoning_content":
             item = {"type": "reasoning", "id": f"rs_{id}", "summary": []}
+        else:
+            call_id, name = self.answers[0].calls[channel].values()
+            item = {"type": "function_call", "id": f"fc_{id}", "call_id": call_id}
+            item.update(self.ask.origins.get(name, {"name": name}))
+            item.update({TEXT_EVENTS[item["type"]][1]: "", "status": "in_progress"})
         self.output.append(item)
         self.emit_inside("output_item.added", item=item)
-        if not call:
+        if item["type"] in PART_EVENTS:
             _, event, _, part = PART_EVENTS[item["type"]]
             self.emit_inside(event + ".added", part=part)
 
@@ -2595,18 +2517,18 @@ class ResponseReply(Reply):
         item, text, self.channel = self.output[-1], "".join(self.pieces), None
         event, field = TEXT_EVENTS[item["type"]]
         if item["type"] == "custom_tool_call":
-            text = str(parse_arguments_of_call(text).get("input", text))
+            text = str(call_input(text).get("input", text))
             self.emit_inside(event + ".delta", delta=text)
         name = {"name": item["name"]} if "name" in item else {}
         self.emit_inside(event + ".done", **{field: text}, **name)
         if item["type"] in PART_EVENTS:
             parts, event, _, part = PART_EVENTS[item["type"]]
             item[parts] = [{**part, "text": text}]
-            self.texts.update({item["id"]: text} if parts == "content" else {})
             self.emit_inside(event + ".done", part=item[parts][0])
         else:
             item[field] = text
         item.update({"status": status} if "status" in item else {})
+        self.texts.update({item["id"]: text} if item["type"] == "message" else {})
         self.emit_inside("output_item.done", item=item)
 
     def alive(self) -> str:
@@ -2614,17 +2536,17 @@ class ResponseReply(Reply):
         return self.flush()
 
     def end(self) -> str:
-        if self.error:
+        if self.failed:
             return self.fail(APIError(400, REFUSAL, "invalid_prompt"))
         response = self.completion()
         self.emit(f"response.{response['status']}", response=response)
         return self.flush()
 
     def fail(self, error: APIError) -> str:
-        about = error.body["error"]
         code = "invalid_prompt" if error.status == 400 else "server_error"
-        self.error = {"code": about["code"] or code, "message": about["message"]}
-        self.emit("error", error=about)
+        code = error.error["code"] or code
+        self.failed = {"code": code, "message": error.error["message"]}
+        self.emit("error", error=error.error)
         self.emit("response.failed", response=self.completion())
         return self.flush()
 
@@ -2633,9 +2555,9 @@ class ResponseReply(Reply):
         reason = self.answers[0].finish_reason
         cut = {"reason": "max_output_tokens"} if reason == "length" else None
         ended = "incomplete" if cut else "completed" if reason else "in_progress"
-        status = "failed" if self.error else ended
+        status = "failed" if self.failed else ended
         response = {"id": self.id, "object": "response", "created_at": self.created}
-        response.update(status=status, model=self.model, error=self.error)
+        response.update(status=status, model=self.model, error=self.failed)
         response.update(incomplete_details=cut, output=self.output)
         response.update(usage=self.usage("input", "output") if reason else None)
         return {**response, **self.ask.echo, **NOT_STORED}
@@ -2660,10 +2582,11 @@ class Gate:
         self.changed = threading.Condition()
 
     def enter(self, places: int, client: TimedReader) -> Iterator[None]:
-        """Yield None while waiting. Raises APIError 429, Disconnected."""
-        ticket = object()
+        """Yield None while waiting. Raises APIError 400, 429, Disconnected."""
         if places > self.width:
-            raise bad("n", f"'n' must not exceed this server's limit of {self.width}.")
+            message = f"'n' must not exceed this server's limit of {self.width}."
+            raise APIError(400, message, None, "n")
+        ticket = object()
         with self.changed:
             if len(self.queue) >= MAX_WAITING:
                 message = "Too many requests are waiting for this server."
@@ -2681,11 +2604,12 @@ class Gate:
 
     def admits(self, ticket: object, places: int) -> bool:
         """Whether this one is next, now or within TICK_SECONDS."""
+
+        def fits() -> bool:
+            return self.queue[0] is ticket and self.active + places <= self.width
+
         with self.changed:
-            admitted = self.changed.wait_for(
-                lambda: self.queue[0] is ticket and self.active + places <= self.width,
-                TICK_SECONDS,
-            )
+            admitted = self.changed.wait_for(fits, TICK_SECONDS)
             self.active += places if admitted else 0
             return admitted
 
@@ -2799,7 +2723,7 @@ class Backend:
             return
         script = Transcript(ask.turns)
         with contextlib.suppress(APIError):  # two calls of one id
-            script.add_message(reply.answers[0].message(), "answer")
+            script.add_message(Field(reply.answers[0].message()))
             script.recall(self.thoughts, ask.model, ask.properties)
             self.keeper.expect(ask, script.turns)
 
@@ -2808,7 +2732,7 @@ class Backend:
         program, problem = self.installation.look()
         claude = {
             "path": program.path if program else None,
-            "version": program.version_text if program else None,
+            "version": dotted(program.version) if program else None,
             "logged_in": self.installation.login if program else None,
         }
         body = {"status": "error" if problem else "ok", "version": __version__}
@@ -2847,7 +2771,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_name, self.server_port = self.server_address[:2]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Nothing: Handler.answer() logs bugs, and the rest are lost clients."""
+        """Nothing: Handler.serve() logs bugs, and the rest are lost clients."""
 
     def run(self) -> None:
         """The main thread's part: accept, feed the spares, reap; until stopping."""
@@ -2872,22 +2796,20 @@ class Server(http.server.ThreadingHTTPServer):
             self.shutdown_request(connection)
 
     def drain(self) -> None:
-        """Give running answers a moment, then end every process."""
+        """Give running answers a moment, then end every process. A client that does
+        not read is not waited for."""
         self.server_close()
         keeper = self.backend.keeper
         keeper.most = 0
         keeper.drop(keeper.spares)
-        deadline = time.monotonic() + DRAIN_SECONDS
-        while self.busy and time.monotonic() < deadline:
-            keeper.tick()
-            time.sleep(0.01)
-        keeper.stop_all(signal.SIGTERM)
-        while self.busy or keeper.dying:
-            if time.monotonic() > deadline + TERM_SECONDS:
-                keeper.stop_all(signal.SIGKILL)
-                self.busy.clear()  # a client that does not read is not waited for
-            keeper.tick()
-            time.sleep(0.01)
+        stages = (None, DRAIN_SECONDS), (signal.SIGTERM, TERM_SECONDS), (signal.SIGKILL, TERM_SECONDS)
+        for how, seconds in stages:
+            if how:
+                keeper.stop_all(how)
+            end = time.monotonic() + seconds
+            while (self.busy or keeper.dying) and time.monotonic() < end:
+                keeper.tick()
+                time.sleep(0.01)
         keeper.close()
 
 
@@ -2895,7 +2817,7 @@ GO_ON = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection. answer() is the way of each request; it is logged there, once."""
+    """One connection. serve() is the way of each request; it is logged there, once."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # a token must not wait for the next one
@@ -2925,8 +2847,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return False
         if not super().parse_request():
             return False
-        if "close" in re.split(r"[\s,]+", self.headers.get("Connection", "").lower()):
-            self.close_connection = True
         absolute = re.match("(?i)https?://([^/?]*)(.*)", self.path)
         self.authority, self.path = absolute.groups() if absolute else ("", self.path)
         lengths = "Content-Length", "Transfer-Encoding"
@@ -2939,7 +2859,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         folded = any(re.search(r"[\r\n]", text) for text in self.headers.values())
         return folded or bool(self.headers.defects)
 
-    def answer(self) -> None:
+    def serve(self) -> None:
         """Any method of any path."""
         begun = time.monotonic()
         self.server.busy.add(self)
@@ -2949,7 +2869,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except APIError as error:
             self.fail(error)
         except RecursionError:
-            self.fail(too_deep())
+            self.fail(APIError(400, "The JSON is nested too deeply."))
         except (Disconnected, OSError):
             self.status = 499  # nginx's word for a client that left
             self.close_connection = True
@@ -2961,7 +2881,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.log_answer(time.monotonic() - begun)
         self.skip_body()
 
-    do_GET = do_HEAD = do_POST = do_OPTIONS = answer  # others: see send_error()
+    do_GET = do_HEAD = do_POST = do_OPTIONS = serve  # others: see send_error()
 
     def guard(self) -> None:
         """All access checks. Raises APIError 400, 401, 403, 503."""
@@ -3027,11 +2947,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def preflight(self, *model: str) -> None:
         """CORS (Fetch standard, 3.3): what a browser asks before the request."""
         asked = self.headers.get("Access-Control-Request-Headers", "*")
-        headers = {
-            "Access-Control-Allow-Methods": "GET, POST",
-            "Access-Control-Allow-Headers": re.sub(r"[^\w*, -]", "", asked),
-            "Access-Control-Max-Age": "600",
-        }
+        headers = {"Access-Control-Allow-Methods": "GET, POST"}
+        headers["Access-Control-Allow-Headers"] = re.sub(r"[^\w*, -]", "", asked)
+        headers["Access-Control-Max-Age"] = "600"
         if self.headers.get("Access-Control-Request-Private-Network"):
             headers["Access-Control-Allow-Private-Network"] = "true"
         self.send_json(204, None, headers)
@@ -3051,9 +2969,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.respond(Reply, parse_chat(self.read_json(), self.backend.thoughts))
 
     def post_response(self) -> None:
-        backend = self.backend
-        ask = parse_response(self.read_json(), backend.thoughts, backend.texts)
-        self.respond(ResponseReply, ask)
+        known = self.backend.thoughts, self.backend.texts
+        self.respond(ResponseReply, parse_response(self.read_json(), *known))
 
     def respond(self, kind: Any, ask: Ask) -> None:
         """`kind`: Reply, or a subclass."""
@@ -3096,11 +3013,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         lengths = self.headers.get_all("Content-Length") or []
         codings = self.headers.get_all("Transfer-Encoding") or []
         chunked = [coding.strip().lower() for coding in codings] == ["chunked"]
-        if len(lengths) + len(codings) > 1 or bool(codings) is not chunked:
-            raise bad("", "The length of the request body is ambiguous.")
         length = lengths[0].strip() if lengths else "0"
+        if len(lengths) + len(codings) > 1 or bool(codings) is not chunked:
+            raise APIError(400, "The length of the request body is ambiguous.")
         if not re.fullmatch(r"[0-9]{1,18}", length):
-            raise bad("", "Content-Length must be a number.")
+            raise APIError(400, "Content-Length must be a number.")
         if int(length) > MAX_BODY:
             raise too_large()
         expects = self.headers.get("Expect", "").strip().lower() == "100-continue"
@@ -3113,7 +3030,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return raw
 
     def read_chunked(self) -> bytes:
-        malformed = bad("", "The chunked request body is malformed.")
+        malformed = APIError(400, "The chunked request body is malformed.")
         body, count = bytearray(), -1
         while count:
             line = self.rfile.readline(1024)
@@ -3163,8 +3080,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             common["Connection"] = "close"
         elif self.request_version == "HTTP/1.0":
             common["Connection"] = "keep-alive"  # as the client asked
-        reason = self.responses[status][0] if status in self.responses else ""
-        lines = [f"{self.protocol_version} {status} {reason}"]
+        lines = [f"{self.protocol_version} {status} {self.responses[status][0]}"]
         lines += [f"{name}: {text}" for name, text in {**common, **headers}.items()]
         return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace")
 
@@ -3179,11 +3095,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         reply, spoke = self.reply, time.monotonic()
         try:
             for delta in deltas:
-                if delta is not None:
-                    text = reply.event(delta)
-                else:
-                    silent = time.monotonic() > spoke + ALIVE_SECONDS
-                    text = reply.alive() if silent else ""
+                silent = time.monotonic() > spoke + ALIVE_SECONDS
+                text = reply.event(delta) if delta else reply.alive() if silent else ""
                 if text:
                     self.event(text)
                     spoke = time.monotonic()
@@ -3223,12 +3136,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             return
         with contextlib.suppress(OSError):
-            self.send_json(error.status, error.body, error.headers)
+            self.send_json(error.status, {"error": error.error}, error.headers)
 
     def send_error(self, code: int, message: Any = None, explain: Any = None) -> None:
         """http.server's own complaints about a malformed request, in our shape."""
         if code == 501:  # there is no do_METHOD; route() knows what is allowed
-            return self.answer()
+            return self.serve()
         self.close_connection = True
         self.fail(APIError(int(code), str(message or self.responses[code][0])[:200]))
         self.log_answer(0.0)
@@ -3236,10 +3149,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_answer(self, seconds: float) -> None:
         """Time, status, method, path; then what is known, as name=value."""
         path = printable(getattr(self, "path", "?").split("?")[0])[:80]
-        notes = self.reply.notes() if self.reply else {}
+        notes = {**(self.reply.notes() if self.reply else {}), "total": f"{seconds:.3f}"}
         words = [str(self.status), self.command or "?", path]
-        words += [f"{name}={value}" for name, value in notes.items()]
-        log(" ".join([*words, f"total={seconds:.3f}"]))
+        log(" ".join([*words, *(f"{name}={value}" for name, value in notes.items())]))
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: log_answer() writes one line for each request."""
@@ -3264,7 +3176,7 @@ def too_large() -> APIError:
 def check_python() -> None:
     """Exit if it is too old. (3.7 and 3.8 can read this file, but not run it.)"""
     if sys.version_info < OLDEST_PYTHON:
-        needed, own = ".".join(map(str, OLDEST_PYTHON)), sys.version.split()[0]
+        needed, own = dotted(OLDEST_PYTHON), sys.version.split()[0]
         sys.exit(f"claude_max_proxy: Python {own} is too old; {needed} is needed.")
 
 
@@ -3282,7 +3194,7 @@ def findings(installation: Installation) -> Iterator[Tuple[str, str]]:
     """What is right or wrong with this machine: ("ok", "problem" or "note", text)."""
     program, problem = installation.look()
     if program:
-        yield "ok", f"Claude Code {program.version_text} at {program.path}"
+        yield "ok", f"Claude Code {dotted(program.version)} at {program.path}"
     yield ("problem", problem) if problem else ("ok", "logged in")
     try:
         tempfile.gettempdir()
