@@ -43,34 +43,10 @@ MIT licence.
 """
 from __future__ import annotations  # SyntaxError? Python 3.9 or newer is needed.
 
-import argparse
-import base64
-import binascii
-import collections
-import contextlib
-import errno
-import glob
-import hashlib
-import hmac
-import http.client
-import http.server
-import io
-import ipaddress
-import json
-import math
-import os
-import re
-import selectors
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import threading
-import time
-import traceback
-import urllib.parse
+import argparse, base64, binascii, collections, contextlib, glob, hashlib, hmac, io
+import ipaddress, json, math, os, re, resource, selectors, shutil, signal, socket
+import subprocess, sys, tempfile, threading, time, traceback
+import http.client, http.server, urllib.parse
 from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 __version__ = "1.0.0"
@@ -100,13 +76,11 @@ REFUSED_SECONDS = 60  # to report "not logged in" after a 401 without asking the
 PROBE_SECONDS = 20  # for `claude --version` and `claude auth status`
 MAX_WAITING = 500  # requests in the queue; each holds a thread and its body
 MAX_CHOICES = 8  # `n`: one CLI process each
-MAX_STOPS = 4  # OpenAI's limit for `stop`
 MAX_TOKENS = 10**9  # the CLI lowers it to what the model can do
 MIN_THINKING_TOKENS = 2048  # a smaller max_tokens leaves no room for a thought
 MIN_BUDGET_TOKENS = 4096  # the same for BUDGET_MODEL, whose thoughts take all but one
 MAX_DESCRIPTION = 2048  # characters; older CLIs cut a tool's description there
-MAX_THOUGHTS = 1000  # answers whose signed thinking, or whose text, is kept
-OLDEST_PYTHON = (3, 9)
+MAX_MEMORY = 2000  # thoughts and texts of answers that are kept
 OLDEST_CLI = (2, 1, 112)  # takes shouldQuery and a late system prompt (measured)
 UNTYPED_TEXT_CLI = (2, 1, 330)  # honours text_not_typed (measured; 2.1.197 does not)
 LATE_MODEL_CLI = (2, 1, 329)  # takes another model before the first turn (measured)
@@ -117,16 +91,11 @@ LATE_MODEL_CLI = (2, 1, 329)  # takes another model before the first turn (measu
 # another failure of the CLI, add its word to FAILURES.
 
 TYPES = {  # the error type for a code, else for a status, else invalid_request_error
-    401: "authentication_error",
-    403: "permission_error",
-    429: "rate_limit_error",
-    500: "api_error",
-    502: "api_error",
-    503: "service_unavailable",
-    504: "timeout_error",
-    "server_is_overloaded": "overloaded_error",
+    401: "authentication_error", 403: "permission_error", 429: "rate_limit_error",
+    500: "api_error", 502: "api_error", 503: "service_unavailable",
+    504: "timeout_error", "server_is_overloaded": "overloaded_error",
     "insufficient_quota": "insufficient_quota",
-}
+}  # fmt: skip
 
 
 class APIError(Exception):
@@ -146,11 +115,8 @@ class Disconnected(Exception):
     """The client has gone; nobody is left to answer."""
 
 
-LOGIN_CURE = (  # the token wins over a login
-    "CLAUDE_CODE_OAUTH_TOKEN is refused: get a new one with `claude setup-token`."
-    if os.environ.get("CLAUDE_CODE_OAUTH_TOKEN")
-    else "Claude Code is not logged in. Run `claude auth login`, then try again."
-)
+LOGIN_CURE = "Claude Code is not logged in: run `claude auth login`, then try again. "
+LOGIN_CURE += "(If CLAUDE_CODE_OAUTH_TOKEN is set, renew it with `claude setup-token`.)"
 NO_MODEL = "The model does not exist, or your plan does not include it; see /v1/models."
 CURES = {"not_logged_in": LOGIN_CURE, "model_not_found": NO_MODEL}  # by code
 
@@ -176,9 +142,9 @@ FAILURES = {
 
 
 def failure(words: List[Any], text: str, wait: float, now: float) -> APIError:
-    """The APIError for a failure that the CLI reports. `words` are keys of FAILURES, the
-    first known one counts; without any it is a 502. `wait`: seconds until a limit ends
-    (0: unknown)."""
+    """The APIError for a failure that the CLI reports. Of `words` the first one that is
+    in FAILURES counts; without any it is a 502. `wait`: seconds until a limit ends (0:
+    unknown)."""
     known = [FAILURES[word] for word in words if word in FAILURES]
     status, code = (known or [FAILURES[500]])[0]
     text = CURES.get(code) or text or "The Claude API answered with an error."
@@ -186,8 +152,7 @@ def failure(words: List[Any], text: str, wait: float, now: float) -> APIError:
     if status == 429 and wait > 0:
         error.headers["Retry-After"] = str(math.ceil(wait))
         if wait > LIMIT_SECONDS:  # Codex would wait for it
-            end = int(now + wait)
-            error.error.update(type="usage_limit_reached", resets_at=end)
+            error.error.update(type="usage_limit_reached", resets_at=int(now + wait))
     return error
 
 
@@ -245,12 +210,11 @@ OPTIONS = {
     "claude": Option("", "path of the Claude Code CLI, if it is not found"),
     "max_concurrency": Option(8, "CLI processes at once", number(int, 1, 1000)),
     "spares": Option(2, "processes started ahead, 155 MB each", number(int, 0, 100)),
-    "timeout": Option(600.0, "seconds of silence before a 504", number(float, 0.01, 1e6)),
+    "timeout": Option(600.0, "seconds of silence before a 504", number(float, 1, 1e6)),
     "verbose": Option(False, "also log what a failed CLI wrote to stderr", bool),
 }
-Settings = collections.namedtuple(
-    "Settings", OPTIONS, defaults=[row.default for row in OPTIONS.values()]
-)
+DEFAULTS = [row.default for row in OPTIONS.values()]
+Settings = collections.namedtuple("Settings", OPTIONS, defaults=DEFAULTS)
 ENVIRONMENT = "CLAUDE_MAX_PROXY_"
 
 
@@ -316,105 +280,97 @@ MODEL_ID = re.compile(r"claude-[A-Za-z0-9.:_\[\]-]{1,120}")
 # block back (Messages API, "Preserving thinking blocks").
 BUDGET_MODEL = re.compile(r"haiku|claude-3|-4-[0-5](?!\d)|-4-20\d{6}")
 # OpenAI's words for the CLI's effort.
-EFFORTS = {"": "", "none": "", "minimal": "low"}
+EFFORTS = {None: "", "": "", "none": "", "minimal": "low"}
 EFFORTS.update((word, word) for word in ("low", "medium", "high", "xhigh", "max"))
 
 HONOURED, IGNORED, REFUSED = "honoured", "ignored", "refused"
 HARMLESS = (False, 0, [], ["text"], "none")  # values of a refused parameter
 
 
-class Parameter(NamedTuple):
-    kinds: Tuple[type, ...]
+class Row(NamedTuple):
+    """What is done with a parameter, a tool or an item, and why; the JSON types that a
+    parameter may have."""
+
     use: str
     why: str
+    kinds: Tuple[type, ...] = ()
     code: str = "unsupported_parameter"  # if it is refused
 
 
-def parameters(*rows: Any) -> Dict[str, Parameter]:
-    """Rows of names, JSON types, and the rest of a Parameter."""
-    return {
-        name: Parameter(kinds if type(kinds) is tuple else (kinds,), *rest)
-        for names, kinds, *rest in rows
-        for name in names.split()
-    }
+def table(*rows: Any) -> Dict[str, Row]:
+    """Rows that begin with the names that they are for."""
+    return {name: Row(*row) for names, *row in rows for name in names.split()}
 
 
+STRING, INTEGER, NUMBER, BOOLEAN = (str,), (int,), (int, float), (bool,)
+ARRAY, OBJECT = (list,), (dict,)
 NO_KNOB, NO_STORE = "Claude Code has no such knob", "nothing is stored"
 NO_RESPONSE = "previous_response_not_found"
-PARAMETERS = parameters(
-    ("model", str, HONOURED, "see Models"),
-    ("messages", list, HONOURED, "turn for turn, in their native roles"),
-    ("stream", bool, HONOURED, "server-sent events"),
-    ("stream_options", dict, HONOURED, "include_usage"),
-    ("max_tokens max_completion_tokens", int, HONOURED, "at least 1; the second wins"),
-    ("stop", (str, list), HONOURED, "1 to 4 strings; the CLI ends at a match"),
-    ("n", int, HONOURED, "1 to 8, one CLI process each"),
-    ("tools", list, HONOURED, "functions; the client runs them"),
-    ("tool_choice", (str, dict), HONOURED, "none, auto, required, a function"),
-    ("parallel_tool_calls", bool, HONOURED, "false: one call at a time"),
-    ("response_format", dict, HONOURED, "text, json_object, json_schema"),
-    ("reasoning_effort", str, HONOURED, "none to max"),
-    ("temperature top_p", (int, float), IGNORED, NO_KNOB),
-    ("presence_penalty frequency_penalty", (int, float), IGNORED, NO_KNOB),
-    ("seed", int, IGNORED, NO_KNOB),
-    ("logit_bias", dict, IGNORED, NO_KNOB),
-    ("user", str, IGNORED, NO_KNOB),
-    ("metadata", dict, IGNORED, NO_STORE),
-    ("store", bool, IGNORED, NO_STORE),
-    ("logprobs", bool, REFUSED, "Claude gives none"),
-    ("top_logprobs", int, REFUSED, "Claude gives none"),
-    ("modalities", list, REFUSED, "answers are text"),
-    ("audio", dict, REFUSED, "answers are text"),
-    ("functions", list, REFUSED, "use tools"),
-    ("function_call", (str, dict), REFUSED, "use tools"),
-    ("web_search_options", dict, REFUSED, "there is no web search here"),
+PARAMETERS = table(
+    ("model", HONOURED, "see Models", STRING),
+    ("messages", HONOURED, "turn for turn, in their native roles", ARRAY),
+    ("stream", HONOURED, "server-sent events", BOOLEAN),
+    ("stream_options", HONOURED, "include_usage", OBJECT),
+    ("max_tokens max_completion_tokens", HONOURED, "from 1; the second wins", INTEGER),
+    ("stop", HONOURED, "1 to 4 strings; the CLI ends at a match", (str, list)),
+    ("n", HONOURED, "1 to 8, one CLI process each", INTEGER),
+    ("tools", HONOURED, "functions; the client runs them", ARRAY),
+    ("tool_choice", HONOURED, "none, auto, required, a function", (str, dict)),
+    ("parallel_tool_calls", HONOURED, "false: one call at a time", BOOLEAN),
+    ("response_format", HONOURED, "text, json_object, json_schema", OBJECT),
+    ("reasoning_effort", HONOURED, "none to max", STRING),
+    ("temperature top_p", IGNORED, NO_KNOB, NUMBER),
+    ("presence_penalty frequency_penalty", IGNORED, NO_KNOB, NUMBER),
+    ("seed", IGNORED, NO_KNOB, INTEGER),
+    ("logit_bias", IGNORED, NO_KNOB, OBJECT),
+    ("user", IGNORED, NO_KNOB, STRING),
+    ("metadata", IGNORED, NO_STORE, OBJECT),
+    ("store", IGNORED, NO_STORE, BOOLEAN),
+    ("logprobs top_logprobs", REFUSED, "Claude gives none", (bool, int)),
+    ("modalities audio", REFUSED, "answers are text", (list, dict)),
+    ("functions function_call", REFUSED, "use tools", (list, str, dict)),
+    ("web_search_options", REFUSED, "there is no web search here", OBJECT),
 )
 SHARED = """
 model stream tools tool_choice parallel_tool_calls temperature top_p user metadata store
 top_logprobs
 """.split()
-RESPONSE_PARAMETERS = {name: PARAMETERS[name] for name in SHARED}
-RESPONSE_PARAMETERS.update(
-    parameters(
-        ("input", (str, list), HONOURED, "a text, or items turn for turn"),
-        ("instructions", str, HONOURED, "the first system text"),
-        ("text", dict, HONOURED, "format: text, json_object, json_schema"),
-        ("reasoning", dict, HONOURED, "effort; summary: shows the thoughts"),
-        ("max_output_tokens", int, HONOURED, "at least 1"),
-        ("include", list, IGNORED, NO_KNOB),
-        ("max_tool_calls", int, IGNORED, NO_KNOB),
-        ("prompt_cache_key safety_identifier", str, IGNORED, NO_KNOB),
-        ("service_tier truncation", str, IGNORED, NO_KNOB),
-        ("stream_options", dict, IGNORED, "usage is always sent"),
-        ("previous_response_id", str, REFUSED, NO_STORE, NO_RESPONSE),
-        ("conversation", (str, dict), REFUSED, NO_STORE),
-        ("prompt", dict, REFUSED, NO_STORE),
-        ("background", bool, REFUSED, NO_STORE),
-    )
+RESPONSE_PARAMETERS = table(
+    ("input", HONOURED, "a text, or items turn for turn", (str, list)),
+    ("instructions", HONOURED, "the first system text", STRING),
+    ("text", HONOURED, "format: text, json_object, json_schema", OBJECT),
+    ("reasoning", HONOURED, "effort; summary: shows the thoughts", OBJECT),
+    ("max_output_tokens", HONOURED, "at least 1", INTEGER),
+    ("include", IGNORED, NO_KNOB, ARRAY),
+    ("max_tool_calls", IGNORED, NO_KNOB, INTEGER),
+    ("prompt_cache_key safety_identifier", IGNORED, NO_KNOB, STRING),
+    ("service_tier truncation", IGNORED, NO_KNOB, STRING),
+    ("stream_options", IGNORED, "usage is always sent", OBJECT),
+    ("previous_response_id", REFUSED, NO_STORE, STRING, NO_RESPONSE),
+    ("conversation prompt", REFUSED, NO_STORE, (str, dict)),
+    ("background", REFUSED, NO_STORE, BOOLEAN),
 )
-TOOL_TYPES = {  # of /v1/responses; all others are refused
-    "function": (HONOURED, "the client runs them"),
-    "custom": (HONOURED, "one text as input; a grammar is not enforced"),
-    "namespace": (HONOURED, "functions with a common prefix, such as MCP servers"),
-    "web_search": (IGNORED, "Codex offers them; Claude has none here"),
-    "tool_search": (IGNORED, "Codex offers them; Claude has none here"),
-}
-ITEM_TYPES = {  # of /v1/responses; all others are refused
-    "message": (HONOURED, "turn for turn, in their native roles"),
-    "function_call": (HONOURED, "a call in the assistant's turn"),
-    "custom_tool_call": (HONOURED, "a call in the assistant's turn"),
-    "function_call_output": (HONOURED, "its result: text, images, files"),
-    "custom_tool_call_output": (HONOURED, "its result: text, images, files"),
-    "item_reference": (HONOURED, "if one of the last answers held the item"),
-    "reasoning": (IGNORED, "signed thinking is kept here, by the id of the call"),
-}
+RESPONSE_PARAMETERS.update({name: PARAMETERS[name] for name in SHARED})
+TOOL_TYPES = table(  # of /v1/responses; all others are refused
+    ("function", HONOURED, "the client runs them"),
+    ("custom", HONOURED, "one text as input; a grammar is not enforced"),
+    ("namespace", HONOURED, "functions with a common prefix, such as MCP servers"),
+    ("web_search tool_search", IGNORED, "Codex offers them; Claude has none here"),
+)
+ITEM_TYPES = table(  # of /v1/responses; all others are refused
+    ("message", HONOURED, "turn for turn, in their native roles"),
+    ("function_call custom_tool_call", HONOURED, "a call in the assistant's turn"),
+    ("function_call_output", HONOURED, "its result: text, images, files"),
+    ("custom_tool_call_output", HONOURED, "its result: text, images, files"),
+    ("item_reference", HONOURED, "if one of the last answers held the item"),
+    ("reasoning", IGNORED, "signed thinking is kept here, by the id of the call"),
+)
 ECHO: Json = {  # what a response repeats of its request, and the defaults
     "instructions": None, "max_output_tokens": None, "metadata": {},
     "parallel_tool_calls": True, "reasoning": None, "temperature": None,
     "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [],
-    "top_p": None, "truncation": "disabled",
+    "top_p": None, "truncation": "disabled", "previous_response_id": None,
 }  # fmt: skip
-NOT_STORED: Json = {"previous_response_id": None, "store": False}
 
 
 class QueryOptions(NamedTuple):
@@ -435,15 +391,14 @@ class Setup(NamedTuple):
 
 
 Names = Dict[str, str]  # a name at the API -> the client's
-Properties = Dict[str, Names]  # those of each tool's properties
 
 
 class Ask(NamedTuple):
     """All that one request asks for. `requested` is the client's name of the model,
     `model` the CLI's. `turns` are Messages API messages, the last one a user's. `names`
-    are those of the tools. With `structured` the arguments of STRUCTURED_OUTPUT are the
-    answer's content. For /v1/responses: `summary`, whether to show thoughts; `origins`,
-    the fields of a call's item by the tool's name; `echo`, see ECHO.
+    are those of the tools, `wrapped` those (at the API) whose input is in WRAPPED. For
+    /v1/responses: `summary`, whether to show thoughts; `origins`, the fields of a
+    call's item by the tool's name; `echo`, see ECHO.
     """
 
     requested: str
@@ -452,8 +407,7 @@ class Ask(NamedTuple):
     setup: Setup
     turns: List[Json]
     names: Names = {}
-    properties: Properties = {}
-    structured: bool = False
+    wrapped: Set[str] = set()
     stream: bool = False
     include_usage: bool = False
     stops: Tuple[str, ...] = ()
@@ -477,8 +431,9 @@ class Thought(NamedTuple):
     blocks: List[Json]
 
 
-Thoughts = Dict[str, Thought]  # by the id of the answer's first tool call
-Texts = Dict[str, str]  # of messages of /v1/responses, by the id of the item
+# What is kept of the last answers: a Thought by the id of the answer's first tool call;
+# a text by the id of its item of /v1/responses.
+Memory = Dict[str, Any]
 
 
 def parse_json(raw: bytes) -> Any:
@@ -486,19 +441,16 @@ def parse_json(raw: bytes) -> Any:
     surrogate pair becomes U+FFFD, for the API refuses it. Raises APIError 400, and
     RecursionError if it is nested too deeply."""
 
-    def refuse(name: str) -> Any:
-        raise ValueError(name)
-
     def finite(digits: str) -> float:
-        value = float(digits)
-        return value if math.isfinite(value) else refuse(digits)
+        if math.isfinite(float(digits)):
+            return float(digits)
+        raise ValueError(digits)
 
     try:
         text = raw.decode("utf-8-sig")
-        value = json.loads(text, parse_constant=refuse, parse_float=finite)
+        value = json.loads(text, parse_constant=finite, parse_float=finite)
     except ValueError:
-        message = "The request body is not valid JSON in UTF-8."
-        raise APIError(400, message) from None
+        raise APIError(400, "The request body is not valid JSON in UTF-8.") from None
     if re.search(rb"\\u[dD][89a-fA-F]", raw):
         text = json.dumps(value, ensure_ascii=False)
         value = json.loads(re.sub("[\ud800-\udfff]", "\ufffd", text))
@@ -518,9 +470,9 @@ class Field:
         self.value, self.path = value, path
 
     def __getitem__(self, key: str) -> Field:
-        """A member of an object; null if it is absent."""
+        """A member of an object; null if it, or the object, is absent or null."""
         path = f"{self.path}.{key}" if self.path else key
-        return Field(self.want(dict).get(key), path)
+        return Field((self.may(dict) or {}).get(key), path)
 
     def __iter__(self) -> Iterator[Field]:
         """The elements of an array; none if it is null."""
@@ -542,129 +494,116 @@ class Field:
         return APIError(400, f"'{self.path}' {problem}", code, self.path)
 
 
-def type_of(holder: Field, known: Iterable[str], default: Any = None) -> str:
+def type_of(holder: Field, known: Iterable[str], default: str = "") -> str:
     """The member `type`. Raises APIError 400 if it is not in `known`."""
-    field = holder["type"]
-    kind = default if default and "type" not in holder.value else field.want(str)
+    kind = holder["type"].may(str) or default
     if kind not in known:
         problem = f"must be one of {', '.join(known)}, not '{kind[:50]}'."
-        raise field.error(problem, "unsupported_type")
+        raise holder["type"].error(problem, "unsupported_type")
     return kind
 
 
-def parse_chat(raw: Any, thoughts: Thoughts) -> Ask:
+def parse_chat(raw: Any, memory: Memory) -> Ask:
     """A chat completion request -> Ask. Raises APIError 400 or 404."""
     body = parse_parameters(raw, PARAMETERS, "messages")
     script = Transcript()
     for message in body["messages"]:
         script.add_message(message)
-    most, more = body["max_tokens"], body["max_completion_tokens"]
-    stream_options = Field(body["stream_options"].value or {}, "stream_options")
+    for tool in body["tools"]:
+        type_of(tool, ("function",), "function")
     return make_ask(
-        body, script, thoughts,
-        functions=[function_of(tool) for tool in body["tools"]],
+        body, script, memory,
+        functions=[tool["function"] for tool in body["tools"]],
         schema=format_schema(body["response_format"]),
         effort=body["reasoning_effort"],
-        tokens=bounded(more, MAX_TOKENS) or bounded(most, MAX_TOKENS),
+        tokens=bounded(body["max_completion_tokens"]) or bounded(body["max_tokens"]),
     )._replace(
-        include_usage=bool(stream_options["include_usage"].may(bool)),
+        include_usage=bool(body["stream_options"]["include_usage"].may(bool)),
         stops=parse_stops(body["stop"]),
         n=bounded(body["n"], MAX_CHOICES) or 1,
     )  # fmt: skip
 
 
-def parse_parameters(raw: Any, table: Dict[str, Parameter], needed: str) -> Field:
-    """The request's body, checked against `table`. Other names are ignored.
+def parse_parameters(raw: Any, rows: Dict[str, Row], needed: str) -> Field:
+    """The request's body, checked against `rows`. Other names are ignored.
     Raises APIError 400, and 404 for the model."""
     if type(raw) is not dict:
         raise APIError(400, "The request body must be a JSON object.")
     body = Field(raw)
-    for name in raw.keys() & table.keys():
-        row, value = table[name], body[name].may(*table[name].kinds)
+    for name in raw.keys() & rows.keys():
+        row, value = rows[name], body[name].may(*rows[name].kinds)
         if row.use == REFUSED and value not in (None, *HARMLESS):
             raise body[name].error(f"is not supported: {row.why}.", row.code)
-    for name in ("model", needed):
-        if raw.get(name) is None:
-            raise body[name].error("is missing.", "missing_required_parameter")
-    cli_model(raw["model"])
-    if not raw[needed]:
-        raise body[needed].error("must not be empty.")
+    cli_model(body["model"].want(str))
+    if not raw.get(needed):
+        raise body[needed].error("is missing, or empty.")
     return body
 
 
-def parse_response(raw: Any, thoughts: Thoughts, texts: Texts) -> Ask:
-    """A request of /v1/responses -> Ask. `texts`: what earlier answers said, by the id
-    of the item. Raises APIError 400 or 404."""
+def parse_response(raw: Any, memory: Memory) -> Ask:
+    """A request of /v1/responses -> Ask. Raises APIError 400 or 404."""
     body = parse_parameters(raw, RESPONSE_PARAMETERS, "input")
     echo = {k: v if raw.get(k) is None else raw[k] for k, v in ECHO.items()}
-    reasoning = Field(body["reasoning"].value or {}, "reasoning")
     script, items = Transcript(), body["input"]
     if body["instructions"].value is not None:
         script.add_system(parse_parts(body["instructions"], TEXT))
     if type(items.value) is str:
         items = Field([{"role": "user", "content": items.value}], "input")
     for item in items:
-        add_item(script, item, texts)
+        add_item(script, item, memory)
     functions, origins = response_functions(body["tools"])
     return make_ask(
-        body, script, thoughts, functions,
-        schema=format_schema(Field(echo["text"], "text")["format"]),
-        effort=reasoning["effort"],
-        tokens=bounded(body["max_output_tokens"], MAX_TOKENS),
+        body, script, memory, functions,
+        schema=format_schema(body["text"]["format"]),
+        effort=body["reasoning"]["effort"],
+        tokens=bounded(body["max_output_tokens"]),
     )._replace(
-        summary=bool(reasoning["summary"].may(str)), origins=origins, echo=echo
+        summary=bool(body["reasoning"]["summary"].may(str)), origins=origins, echo=echo,
     )  # fmt: skip
 
 
 def make_ask(
-    body: Field, script: Transcript, thoughts: Thoughts, functions: List[Field],
-    schema: Optional[Json], effort: Field, tokens: int,
+    body: Field, script: Transcript, memory: Memory, functions: List[Field],
+    schema: Optional[Schema], effort: Field, tokens: int,
 ) -> Ask:  # fmt: skip
     """The Ask of either endpoint. `schema`: what the answer must match, if anything;
     `effort`: OpenAI's word; `tokens`: the most it may take, or 0."""
     model = cli_model(body["model"].value)
-    tools, names = parse_tools(functions)
-    parallel = body["parallel_tool_calls"].value is not False
-    choice = parse_choice(body["tool_choice"], names, parallel)
-    called = script.called()
-    if called and not tools:  # the API wants every called tool defined
-        tools, choice = [mcp_tool(name, "", {}) for name in called], {"type": "none"}
-    structured = schema is not None and choice.get("type") not in ("any", "tool")
-    if structured:  # where a call is forced, there is no content to shape
-        tools.append(mcp_tool(STRUCTURED_OUTPUT, STRUCTURED_TEXT, schema))
-        choice = structured_choice(choice, names)
-    properties = {t["name"]: rename_properties(t["inputSchema"]) for t in tools}
-    script.recall(thoughts, model, properties)
+    tools, names, wrapped = parse_tools(functions)
+    choice = parse_choice(body, names)
+    if not tools and script.called():  # the API wants every called tool defined
+        tools = [mcp_tool(name, "", {}) for name in script.called()]
+        choice = {"type": "none"}
+    if schema is not None and choice.get("type") not in ("any", "tool"):
+        tools.append(mcp_tool(STRUCTURED_OUTPUT, STRUCTURED_TEXT, schema[0]))
+        wrapped.update({STRUCTURED_OUTPUT} if schema[1] else ())
+        only = {"type": "tool", "name": STRUCTURED_OUTPUT}
+        choice = {"type": "any"} if names and choice.get("type") != "none" else only
+        choice["disable_parallel_tool_use"] = True
+    script.recall(memory, model, wrapped)
     script.finish()
+    options = parse_options(model, choice, effort, tokens, is_unsigned(script.turns))
     return Ask(
-        requested=body["model"].value,
-        model=model,
-        options=parse_options(model, choice, effort, tokens, is_unsigned(script.turns)),
-        setup=Setup("\n\n".join(script.system), tuple(tools)),
-        turns=script.turns,
-        names=names,
-        properties=properties,
-        structured=structured,
-        stream=bool(body["stream"].value),
-    )
+        body["model"].value, model, options,
+        Setup("\n\n".join(script.system), tuple(tools)), script.turns,
+        names, wrapped, stream=bool(body["stream"].value),
+    )  # fmt: skip
 
 
 def parse_options(
     model: str, choice: Json, effort: Field, tokens: int, unsigned: bool
 ) -> QueryOptions:
     """`choice` is the Messages API's tool_choice; `unsigned`: see is_unsigned()."""
-    word = effort.may(str) or ""
-    if word not in EFFORTS:
-        known = ", ".join(filter(None, EFFORTS))
-        raise effort.error(f"must be one of {known}.")
+    if effort.may(str) not in EFFORTS:
+        raise effort.error(f"must be one of {', '.join(filter(None, EFFORTS))}.")
     thinking = not (
-        word == "none"
+        effort.value == "none"
         or choice.get("type") in ("any", "tool")  # the API refuses both together
         or 0 < tokens < MIN_THINKING_TOKENS
         or (BUDGET_MODEL.search(model) and (unsigned or 0 < tokens < MIN_BUDGET_TOKENS))
     )
     as_json = json.dumps(choice) if choice else ""
-    return QueryOptions(EFFORTS[word], thinking, tokens, as_json)
+    return QueryOptions(EFFORTS[effort.value], thinking, tokens, as_json)
 
 
 def cli_model(name: str) -> str:
@@ -674,11 +613,11 @@ def cli_model(name: str) -> str:
     if model in MODELS.values() or MODEL_ID.fullmatch(model):
         return model
     known = ", ".join(KNOWN_MODELS)
-    message = f"There is no model '{name[:100]}'. Use {known} or a full Claude id."
+    message = f"There is no model '{name[:100]}': use {known} or a full Claude id."
     raise APIError(404, message, "model_not_found", "model")
 
 
-def bounded(field: Field, most: int) -> int:
+def bounded(field: Field, most: int = MAX_TOKENS) -> int:
     """An integer from 1 to `most`; 0 if it is null."""
     if field.value is not None and not 1 <= field.value <= most:
         raise field.error(f"must be between 1 and {most}.")
@@ -686,76 +625,62 @@ def bounded(field: Field, most: int) -> int:
 
 
 def parse_stops(field: Field) -> Tuple[str, ...]:
-    one = type(field.value) is str
-    stops = [field.value] if one else [stop.want(str) for stop in field]
-    if len(stops) > MAX_STOPS:
-        raise field.error(f"may hold at most {MAX_STOPS} strings.")
-    return tuple(filter(None, stops))  # "" would match everywhere
+    stops = [field] if type(field.value) is str else list(field)
+    if len(stops) > 4:  # OpenAI's limit
+        raise field.error("may hold at most 4 strings.")
+    return tuple(stop.value for stop in stops if stop.want(str))  # "" matches anywhere
 
 
-def format_schema(form: Field) -> Optional[Json]:
+def format_schema(form: Field) -> Optional[Schema]:
     """A format -> the JSON schema that the answer must match, if any."""
     if form.value is None:
         return None
     kind = type_of(form, ("text", "json_object", "json_schema"))
-    if kind != "json_schema":
-        return {"additionalProperties": True} if kind == "json_object" else None
+    if kind == "json_object":
+        return {"additionalProperties": True}, False
     holder = form if form.path == "text.format" else form["json_schema"]
-    holder["schema"].want(dict)
-    return object_schema(holder["schema"])
+    if kind == "json_schema":
+        holder["schema"].want(dict)
+    return object_schema(holder["schema"]) if kind == "json_schema" else None
 
 
 # Tools. The Messages API is strict where clients are not. The CLI drops *all* tools of
 # a server in silence if it does not like one schema.
 
-# Our tool whose arguments are the answer. (The CLI has its own, for `jsonSchema`. It
-# drops that in silence for a schema with a keyword that it does not know.)
+# Our tool whose arguments are the answer's content, where no call of a client's tool is
+# forced. (The CLI has its own, for `jsonSchema`. It drops that in silence for a schema
+# with a keyword that it does not know.)
 STRUCTURED_OUTPUT = "StructuredOutput"
 STRUCTURED_TEXT = "Give your final response as the arguments of this tool."
 # Names that mean something to the CLI. It edits inputs of the last two in the history.
 RESERVED = {STRUCTURED_OUTPUT, "ToolSearch", "ExitPlanMode", "Edit"}
 API_NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
-API_PROPERTY = re.compile(r"[a-zA-Z0-9_.-]{1,64}")  # at the top of a schema (2.1.330)
+API_PROPERTY = re.compile(r"[a-zA-Z0-9_.-]{1,64}")  # at the top of a schema
+# The property that holds the whole input of a tool whose own schema can't stand at the
+# top, or is a text. It is put around the inputs in the history, and is taken off again.
+WRAPPED = "input"
+
+Schema = Tuple[Json, bool]  # a JSON schema, and whether it is that of a wrapped input
 
 
-def api_name(name: str, accepted: Any = API_NAME) -> str:
-    """The name that the Messages API accepts for a tool, call id or property."""
-    if accepted.fullmatch(name) and (accepted is API_PROPERTY or name not in RESERVED):
+def api_name(name: str) -> str:
+    """The name that the Messages API accepts for a tool or call id."""
+    if API_NAME.fullmatch(name) and name not in RESERVED:
         return name
     digest = binascii.crc32(name.encode("utf-8", "replace"))
     return re.sub(r"[^a-zA-Z0-9_-]", "_", name)[:50] + f"_{digest:08x}"
-
-
-def rename_properties(schema: Json) -> Names:
-    """Give the top properties names that the CLI takes: for others it drops the tool in
-    silence. -> the names that differ."""
-    old = schema.get("properties", {})
-    names = {name: api_name(name, API_PROPERTY) for name in old}
-    if names:
-        schema["properties"] = {names[name]: inner for name, inner in old.items()}
-    if "required" in schema:
-        schema["required"] = [api_name(k, API_PROPERTY) for k in schema["required"]]
-    return {api: name for name, api in names.items() if api != name}
-
-
-def function_of(tool: Field) -> Field:
-    type_of(tool, ("function",), "function")
-    return tool["function"]
 
 
 def response_functions(tools: Field) -> Tuple[List[Field], Dict[str, Json]]:
     """The tools of /v1/responses -> functions, and Ask.origins."""
     functions, origins = [], {}
     for tool in tools:
-        kind = type_of(tool, TOOL_TYPES)
-        if TOOL_TYPES[kind][0] == IGNORED:
-            continue
-        name = tool["name"].want(str)
+        kind, name = type_of(tool, TOOL_TYPES), tool["name"].may(str) or ""
         if kind == "function":
             functions.append(tool)
         elif kind == "custom":
             text = {"type": "string", "description": json.dumps(tool["format"].value)}
-            schema = {"properties": {"input": text}, "required": ["input"]}
+            schema = {"properties": {WRAPPED: text}, "required": [WRAPPED]}
             functions.append(Field({**tool.value, "parameters": schema}, tool.path))
             origins[name] = {"type": "custom_tool_call", "name": name}
         for inner in tool["tools"] if kind == "namespace" else ():
@@ -766,21 +691,21 @@ def response_functions(tools: Field) -> Tuple[List[Field], Dict[str, Json]]:
     return functions, origins
 
 
-def parse_tools(functions: List[Field]) -> Tuple[List[Json], Names]:
+def parse_tools(functions: List[Field]) -> Tuple[List[Json], Names, Set[str]]:
     """Functions: {name, description?, parameters?} -> (the tools as MCP lists them,
-    their names)."""
-    tools: List[Json] = []
-    names: Names = {}
+    their names, the wrapped ones)."""
+    tools, names, wrapped = [], {}, set()
     for function in functions:
         name = function["name"].want(str)
         if not name or name in names.values():
-            problem = f"is used twice: '{name[:100]}'." if name else "must not be empty."
-            raise function["name"].error(problem)
+            raise function["name"].error(f"is empty or used twice: '{name[:100]}'.")
         names[api_name(name)] = name
         text = function["description"].may(str) or ""
-        schema = object_schema(function["parameters"])
+        schema, wraps = object_schema(function["parameters"])
         tools.append(mcp_tool(api_name(name), text, schema))
-    return tools, names
+        if wraps or function["type"].value == "custom":
+            wrapped.add(api_name(name))
+    return tools, names, wrapped
 
 
 def mcp_tool(name: str, text: str, schema: Json) -> Json:
@@ -788,8 +713,8 @@ def mcp_tool(name: str, text: str, schema: Json) -> Json:
     cuts it."""
     schema = {"type": "object", **schema}
     if len(text) > MAX_DESCRIPTION:
-        inner = schema.get("description")
-        schema["description"] = f"{text}\n\n{inner}" if inner else text
+        whole = filter(None, (text, schema.get("description")))
+        schema["description"] = "\n\n".join(map(str, whole))
         text = text[:200] + "… (the whole description is in the input schema)"
     return {"name": name, "description": text, "inputSchema": schema}
 
@@ -799,35 +724,27 @@ NUMERIC = re.compile("m(in|ax)imum|exclusiveM(in|ax)imum|multipleOf|m(in|ax)[A-Z
 JSON_TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 
 
-def object_schema(field: Field) -> Json:
-    """A schema as the API and the CLI accept it: an object at the top, each property an
-    object, and no combinator at the top (the description has it instead).
+def object_schema(field: Field) -> Schema:
+    """A schema as the API and the CLI accept it: an object, with no combinator and no
+    odd name of a property at the top. One that has any is wrapped.
     Raises APIError 400 for what can't mean an object."""
     kind = (field.may(dict) or {}).get("type")
     if kind not in (None, "object") and not (type(kind) is list and "object" in kind):
-        problem = "must be a schema of type 'object' at the top."
-        raise field.error(problem, "invalid_schema")
-    schema = modern(Field(field.value or {}, field.path))
+        raise field.error("must be a schema of type 'object'.", "invalid_schema")
+    schema = {**modern(Field(field.value or {}, field.path)), "type": "object"}
     schema.pop("$schema", None)
-    combined = {k: schema.pop(k) for k in COMBINATORS if k in schema}
-    properties = union([b for branches in combined.values() for b in branches])
-    properties.update(schema.get("properties", {}))
-    schema.update({"properties": properties} if properties else {}, type="object")
-    if combined:
-        rule = "The value must also match: " + json.dumps(combined)
-        text = field["description"].may(str)
-        schema["description"] = f"{text}\n{rule}" if text else rule
-    return schema
+    names = schema.get("properties", {})
+    if all(map(API_PROPERTY.fullmatch, names)) and not schema.keys() & {*COMBINATORS}:
+        return schema, False
+    outer = {k: schema.pop(k) for k in ("$defs", "definitions") if k in schema}
+    outer.update(type="object", properties={WRAPPED: schema}, required=[WRAPPED])
+    return outer, True
 
 
-def union(branches: List[Json]) -> Json:
-    """The properties of all branches; one that differs is the anyOf of its schemas."""
-    found: Dict[str, Dict[str, Json]] = {}  # by name, then by their JSON
-    for branch in branches:
-        for name, schema in branch.get("properties", {}).items():
-            found.setdefault(name, {})[json.dumps(schema)] = schema
-    lists = {name: list(kinds.values()) for name, kinds in found.items()}
-    return {k: {"anyOf": v} if len(v) > 1 else v[0] for k, v in lists.items()}
+# The keywords of a schema that hold schemas: by name, in an array, and alone.
+BY_NAME = {"properties", "patternProperties", "$defs", "definitions"}
+IN_ARRAY = {*COMBINATORS, "prefixItems"}
+ALONE = {"items", "additionalProperties", "not"}
 
 
 def modern(field: Field) -> Json:
@@ -837,47 +754,46 @@ def modern(field: Field) -> Json:
         return {} if field.value else {"not": {}}
     for name in field["required"]:
         name.want(str)
-    schema = mended(field.value)
+    schema = dict(field.want(dict))
+    for end in ("Minimum", "Maximum"):
+        if schema.get(f"exclusive{end}") is True:  # draft 4
+            schema[f"exclusive{end}"] = schema.pop(end.lower(), None)
+    if type(schema.get("items")) is list:  # draft 7
+        new = {"items": "prefixItems", "additionalItems": "items"}
+        schema = {new.get(key, key): value for key, value in schema.items()}
+    schema = {key: mended(key, value) for key, value in schema.items()}
+    schema = {key: value for key, value in schema.items() if value is not None}
     field = Field(schema, field.path)
-    for key in schema.keys() & {"properties", "patternProperties", "$defs", "definitions"}:
+    for key in schema.keys() & BY_NAME:
         schema[key] = {k: modern(field[key][k]) for k in field[key].want(dict)}
-    for key in schema.keys() & {*COMBINATORS, "prefixItems"}:
+    for key in schema.keys() & IN_ARRAY:
         schema[key] = [modern(inner) for inner in field[key]]
-    for key in schema.keys() & {"items", "additionalProperties", "not"}:
+    for key in schema.keys() & ALONE:
         if type(schema[key]) is dict:
             schema[key] = modern(field[key])
     return schema
 
 
-def mended(schema: Json) -> Json:
-    """A copy, less what has no meaning in 2020-12, at the top of it."""
-    empty = [key for key in (*COMBINATORS, "items", "prefixItems") if schema.get(key) == []]
-    gone = {"$id", *empty}  # nothing refers to the $id, and the CLI refuses "#x"
-    schema = {k: v for k, v in schema.items() if k not in gone and v is not None}
-    kind = schema.get("type", [])
-    if any(k not in JSON_TYPES for k in (kind if type(kind) is list else [kind])):
-        del schema["type"]  # "any", "file": no JSON type
-    for key in ("required", "type"):
-        if type(schema.get(key)) is list:
-            schema[key] = list(dict.fromkeys(schema[key]))  # each once
-    for key, end in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
-        if schema.get(key) is True and end in schema:
-            schema[key] = schema.pop(end)  # draft 4
-    for key in filter(NUMERIC.fullmatch, list(schema)):
-        if type(schema[key]) is str and schema[key].isdecimal():
-            schema[key] = int(schema[key])  # "0" for 0
-        if type(schema[key]) not in (int, float):
-            del schema[key]
-    if schema.get("additionalProperties") in ("true", "false"):
-        schema["additionalProperties"] = schema["additionalProperties"] == "true"
-    if type(schema.get("items")) is not list:
-        return schema
-    new = {"items": "prefixItems", "additionalItems": "items"}  # draft 7
-    return {new.get(key, key): value for key, value in schema.items()}
+def mended(key: str, value: Any) -> Any:
+    """The value of a keyword, as 2020-12 has it; None if it has no meaning there."""
+    kinds = value if type(value) is list else [value]
+    if key == "type" and any(kind not in JSON_TYPES for kind in kinds):
+        return None  # "any", "file": no JSON type
+    if key in ("type", "required") and type(value) is list:
+        return list(dict.fromkeys(value))  # each once
+    if NUMERIC.fullmatch(key):
+        value = int(value) if type(value) is str and value.isdecimal() else value
+        return value if type(value) in (int, float) else None  # "0" for 0
+    if key == "$id" or (value == [] and key in IN_ARRAY | ALONE):
+        return None  # nothing refers to an $id, and the CLI refuses "#x"
+    booleans = {"true": True, "false": False} if key == "additionalProperties" else {}
+    return booleans.get(value, value) if type(value) is str else value
 
 
-def parse_choice(field: Field, names: Names, parallel: bool) -> Json:
-    """tool_choice of either endpoint -> the Messages API's; {} for its default."""
+def parse_choice(body: Field, names: Names) -> Json:
+    """tool_choice and parallel_tool_calls -> the Messages API's tool_choice; {} for its
+    default."""
+    field = body["tool_choice"]
     choice: Any = "auto" if field.value is None else field.value
     if type(choice) is dict:
         type_of(field, ("function", "custom"), "function")
@@ -892,16 +808,9 @@ def parse_choice(field: Field, names: Names, parallel: bool) -> Json:
         raise field.error("is only allowed with 'tools'.")
     else:
         found = {"type": "any" if choice == "required" else choice}
-    if not parallel and choice != "none":
+    if body["parallel_tool_calls"].value is False and choice != "none":
         found["disable_parallel_tool_use"] = True
     return found if names and found != {"type": "auto"} else {}
-
-
-def structured_choice(choice: Json, names: Names) -> Json:
-    """The tool_choice that allows the JSON, or a call of a client's tool, alone."""
-    alone = not names or choice.get("type") == "none"
-    forced = {"type": "tool", "name": STRUCTURED_OUTPUT} if alone else {"type": "any"}
-    return {**forced, "disable_parallel_tool_use": True}
 
 
 # Messages.
@@ -923,11 +832,10 @@ class Transcript:
     as `x`; `x-1` is not.)
     """
 
-    def __init__(self, turns: Iterable[Json] = ()):
-        self.turns = list(turns)
-        self.ready = len(self.turns)  # turns that recall() has seen before
+    def __init__(self) -> None:
+        self.turns: List[Json] = []
         self.system: List[str] = []
-        self.ids = {b.get("id") for turn in self.turns for b in turn["content"]}
+        self.ids: Set[str] = set()  # of calls, at the API
         self.open: Dict[str, Tuple[Field, str]] = {}  # client's id -> (call, API's id)
 
     def add_message(self, message: Field) -> None:
@@ -945,7 +853,8 @@ class Transcript:
             if content.value is not None:  # it may have calls alone
                 self.add("assistant", parse_parts(content, (*TEXT, "refusal")))
             for call in message["tool_calls"]:
-                self.add_call(call["id"], call["function"])
+                function = call["function"]
+                self.add_call(call["id"], function, call_input(function))
         else:
             known = "system, developer, user, assistant, tool"
             raise message["role"].error(f"must be one of {known}.")
@@ -957,8 +866,8 @@ class Transcript:
         elif text:
             self.system.append(text)
 
-    def add_call(self, id: Field, function: Field) -> None:
-        """A call of `function`: {name, arguments}."""
+    def add_call(self, id: Field, function: Field, value: Any) -> None:
+        """A call of `function`: {name}. `value` is its input."""
         name = api_name(function["name"].want(str))
         if id.want(str) in self.open:
             raise function.error(f"has an id used before: '{id.value[:100]}'.")
@@ -966,7 +875,6 @@ class Transcript:
         while fresh in self.ids:  # some clients count from 0 in each answer
             fresh = f"{api_name(id.value)}-{len(self.ids)}"
         self.ids.add(fresh)
-        value = call_input(function["arguments"].may(str) or "")
         use = {"type": "tool_use", "id": fresh, "name": name, "input": value}
         self.add("assistant", [use])
         self.open[id.value] = function, fresh
@@ -975,7 +883,7 @@ class Transcript:
         """The result of the call with that id."""
         if id.want(str) not in self.open:
             raise id.error("must be the id of a tool call without a response.")
-        result: Json = {"type": "tool_result", "tool_use_id": self.open.pop(id.value)[1]}
+        result = {"type": "tool_result", "tool_use_id": self.open.pop(id.value)[1]}
         if blocks:
             alone = len(blocks) == 1 and blocks[0].get("text")
             result["content"] = alone or blocks
@@ -1003,17 +911,16 @@ class Transcript:
         blocks = [block for turn in self.turns for block in turn["content"]]
         return sorted({b["name"] for b in blocks if b["type"] == "tool_use"})
 
-    def recall(self, thoughts: Thoughts, model: str, properties: Properties) -> None:
-        """Put back what the client does not know: signed thinking, and the names that
-        the API accepts for properties."""
-        for turn in self.turns[self.ready :]:
+    def recall(self, memory: Memory, model: str, wrapped: Set[str]) -> None:
+        """Put back what the client does not know: signed thinking, and WRAPPED."""
+        for turn in self.turns:
             turn["content"].sort(key=lambda block: block["type"] == "tool_use")
             uses = [block for block in turn["content"] if block["type"] == "tool_use"]
-            thought = thoughts.get(uses[0]["id"]) if uses else None
+            thought = memory.get(uses[0]["id"]) if uses else None
             for use in uses:
-                known = {v: k for k, v in properties.get(use["name"], {}).items()}
-                use["input"] = {known.get(k, k): v for k, v in use["input"].items()}
-            if thought and thought.model == model:
+                if use["name"] in wrapped or type(use["input"]) is str:
+                    use["input"] = {WRAPPED: use["input"]}
+            if isinstance(thought, Thought) and thought.model == model:
                 turn.update(content=in_order(thought.blocks, turn["content"], uses))
                 turn.update(model=thought.signer)
 
@@ -1023,27 +930,27 @@ class Transcript:
             self.add("user", [text_block(CONTINUE if self.turns else BEGIN)])
 
 
-def add_item(script: Transcript, item: Field, texts: Texts) -> None:
-    """Add an item of `input`. `texts` as in parse_response()."""
+def add_item(script: Transcript, item: Field, memory: Memory) -> None:
+    """Add an item of `input`."""
     kind = type_of(item, ITEM_TYPES, "message")
     if kind == "message":
         script.add_message(item)
     elif kind == "item_reference":
         id = item["id"].want(str)
-        if id not in texts and not id.startswith("rs_"):
+        text = memory.get(id)
+        if type(text) is not str and not id.startswith("rs_"):
             message = f"Item with id '{id[:100]}' not found: this server stores only "
             message += "the last answers. Set `store: false`, or send the items."
             raise APIError(404, message, "item_not_found", item["id"].path)
-        script.add("assistant", [text_block(texts[id])] if id in texts else [])
+        script.add("assistant", [text_block(text)] if text else [])
     elif kind.endswith("_output"):
         script.add_result(item["call_id"], parse_parts(item["output"], MEDIA))
-    elif kind != "reasoning":  # that comes back by the id of the call, see Thoughts
-        function, space = dict(item.value), item["namespace"].may(str)
-        if kind == "custom_tool_call":
-            function["arguments"] = json.dumps({"input": item["input"].want(str)})
+    elif kind != "reasoning":  # that comes back by the id of the call, see Memory
+        custom, space = kind == "custom_tool_call", item["namespace"].may(str)
         if space:
-            function["name"] = f"{space}__{item['name'].value}"
-        script.add_call(item["call_id"], Field(function, item.path))
+            item.value = {**item.value, "name": f"{space}__{item['name'].value}"}
+        value = item["input"].want(str) if custom else call_input(item)
+        script.add_call(item["call_id"], item, value)
 
 
 def in_order(signed: List[Json], content: List[Json], uses: List[Json]) -> List[Json]:
@@ -1070,20 +977,22 @@ def is_unsigned(turns: List[Json]) -> bool:
     return False
 
 
-def call_input(text: str) -> Json:
-    """A call's JSON arguments as the API wants them: an object. Anything else, such as
-    what a model said that was cut short, is kept as text."""
-    try:
-        value = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        value = None
-    return value if isinstance(value, dict) else {"arguments": text}
+def call_input(call: Field) -> Json:
+    """The `arguments` of a call, as the API wants them: an object. Anything else, such
+    as what a model said that was cut short, is kept as text."""
+    text = call["arguments"].may(str) or "{}"
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(text)
+        if type(value) is dict:
+            return value
+    return {"arguments": text}
 
 
 # The kinds of content, in chat completions and in /v1/responses.
 TEXT = ("text", "input_text", "output_text")
 MEDIA = (*TEXT, "image_url", "input_image", "file", "input_file")
 IMAGES = ("image/png", "image/jpeg", "image/gif", "image/webp")
+FILES = ("application/pdf", "application/json", "text/")
 
 
 def parse_parts(content: Field, kinds: Tuple[str, ...]) -> List[Json]:
@@ -1102,14 +1011,9 @@ def parse_parts(content: Field, kinds: Tuple[str, ...]) -> List[Json]:
 def image_part(part: Field) -> Json:
     field = part["image_url"]
     field = field["url"] if type(field.want(dict, str)) is dict else field
-    if re.match(r"https?://", field.want(str)):
-        return {"type": "image", "source": {"type": "url", "url": field.value}}
-    kind, data = parse_data_url(field, field.value)
-    kind = "image/jpeg" if kind == "image/jpg" else kind
-    if kind not in IMAGES:
-        problem = f"holds {kind[:50]}, and must be one of {', '.join(IMAGES)}."
-        raise field.error(problem, "unsupported_media_type")
-    source = {"type": "base64", "media_type": kind, "data": data}
+    source: Json = {"type": "url", "url": field.want(str)}
+    if not re.match(r"https?://", field.value):
+        source = data_source(field, field.value, IMAGES)
     return {"type": "image", "source": source}
 
 
@@ -1117,31 +1021,30 @@ def file_part(holder: Field) -> Json:
     """`holder`: {file_data, filename?}."""
     field = holder["file_data"]
     if field.value is None:
-        problem = "needs 'file_data': this server stores no files."
-        raise holder.error(problem, "unsupported_content")
+        raise holder.error("needs 'file_data', not an id.", "unsupported_content")
     bare = not field.want(str).startswith("data:")  # OpenAI takes that of a PDF
     url = ("data:application/pdf;base64," if bare else "") + field.value
-    kind, data = parse_data_url(field, url)
-    source = {"type": "base64", "media_type": kind, "data": data}
-    if kind.startswith("text/") or kind == "application/json":
-        text = base64.b64decode(data).decode("utf-8", "replace")
+    source = data_source(field, url, FILES)
+    if source["media_type"] != "application/pdf":
+        text = base64.b64decode(source["data"]).decode("utf-8", "replace")
         source = {"type": "text", "media_type": "text/plain", "data": text}
-    elif kind != "application/pdf":
-        problem = f"holds {kind[:50]}; PDF and text files are supported."
-        raise field.error(problem, "unsupported_media_type")
-    name = holder["filename"].may(str)
-    return {"type": "document", "source": source, **({"title": name} if name else {})}
+    title = holder["filename"].may(str)
+    return {"type": "document", "source": source, **({"title": title} if title else {})}
 
 
-def parse_data_url(field: Field, url: str) -> Tuple[str, str]:
-    """data:TYPE;base64,DATA (RFC 2397) -> (media type, base64)."""
+def data_source(field: Field, url: str, kinds: Tuple[str, ...]) -> Json:
+    """data:TYPE;base64,DATA (RFC 2397) -> the source of a block, of one of `kinds`."""
     head, _, data = url.partition(",")
+    kind = head[len("data:") :].split(";")[0].lower().replace("image/jpg", "image/jpeg")
+    data = re.sub(r"\s+", "", data)
     if not head.startswith("data:") or not head.endswith(";base64"):
         raise field.error("must be an http(s) or a base64 data: URL.")
-    data = re.sub(r"\s+", "", data)
-    with contextlib.suppress(binascii.Error, ValueError):
+    if not kind.startswith(kinds):
+        problem = f"holds {kind[:50]}, which is none of {', '.join(kinds)}."
+        raise field.error(problem, "unsupported_media_type")
+    with contextlib.suppress(ValueError):
         if base64.b64decode(data, validate=True):
-            return head[len("data:") :].split(";")[0].lower(), data
+            return {"type": "base64", "media_type": kind, "data": data}
     raise field.error("holds invalid base64 data.")
 
 
@@ -1170,7 +1073,7 @@ PARTS = {
 #   > {"type":"user","shouldQuery":false,…}        an earlier turn: wait for its result
 #   < {"type":"result","num_turns":0,…}
 #   > {"type":"assistant","message":{"id":"msg_1",…},…}      no answer to wait for
-#   > {"type":"control_request","request_id":"0","request":{"subtype":
+#   > {"type":"control_request","request_id":"1","request":{"subtype":
 #      "apply_flag_settings","settings":{"env":{"CLAUDE_CODE_EFFORT_LEVEL":"low"}}}}
 #   > {"type":"user",…}                            the last turn: this asks the model
 #   < {"type":"system","subtype":"init",…}         and other kinds, which are skipped
@@ -1215,13 +1118,15 @@ VARIABLES = {
 }
 CWD = "cwd"  # of every CLI, empty: its name stands before the cached turns (2.1.330)
 CACHE_MARK = {"type": "ephemeral", "ttl": "1h"}
+ASSISTANT: Json = {"type": "message", "stop_reason": None, "stop_sequence": None}
+ASSISTANT["usage"] = {"input_tokens": 0, "output_tokens": 0}
 # With these the CLI would bill by the token instead of the subscription.
 BILLED = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
-WITHHELD = (  # CLAUDECODE keeps the CLI from starting; query_lines() sets the others
-    *BILLED, "CLAUDECODE", "CLAUDE_CODE_MAX_OUTPUT_TOKENS", "MAX_THINKING_TOKENS",
-    "CLAUDE_CODE_DISABLE_THINKING", "CLAUDE_CODE_EXTRA_BODY",
-    "CLAUDE_CODE_EFFORT_LEVEL",
-)  # fmt: skip
+# CLAUDECODE keeps the CLI from starting; query_lines() sets the others.
+WITHHELD = """
+CLAUDECODE MAX_THINKING_TOKENS CLAUDE_CODE_MAX_OUTPUT_TOKENS CLAUDE_CODE_EXTRA_BODY
+CLAUDE_CODE_DISABLE_THINKING CLAUDE_CODE_EFFORT_LEVEL
+""".split()
 
 Version = Tuple[int, ...]
 
@@ -1230,26 +1135,26 @@ def environment(program: str) -> Dict[str, str]:
     """Our environment without what must not reach the CLI, plus VARIABLES. The CLI's
     directory is at the end of PATH: under nvm npm's `claude` looks for `node` there,
     and launchd's PATH does not have it."""
-    gone = {*WITHHELD, *(ENVIRONMENT + name.upper() for name in OPTIONS)}
+    gone = {*BILLED, *WITHHELD, *(ENVIRONMENT + name.upper() for name in OPTIONS)}
     env = {name: text for name, text in os.environ.items() if name not in gone}
     places = env.get("PATH") or os.defpath, os.path.dirname(program)
     return {**env, **VARIABLES, "PATH": os.pathsep.join(places)}
 
 
-def control_line(id: str, subtype: str, **fields: Any) -> Json:
+def control_line(subtype: str, **fields: Any) -> Json:
     request = {"subtype": subtype, **fields}
-    return {"type": "control_request", "request_id": id, "request": request}
+    return {"type": "control_request", "request_id": "1", "request": request}
 
 
-def settings_line(settings: Json) -> Json:
+def settings_line(**settings: Any) -> Json:
     """Changes a running process up to its query. The variables of `env`: 2.1.112 and
-    newer. The model: LATE_MODEL_CLI, and only before the first turn."""
-    return control_line("0", "apply_flag_settings", settings=settings)
+    newer. The `model`: LATE_MODEL_CLI, and only before the first turn."""
+    return control_line("apply_flag_settings", settings=settings)
 
 
 def initialize_line(setup: Setup) -> Json:
     servers = {"sdkMcpServers": [SERVER]} if setup.tools else {}
-    return control_line("1", "initialize", systemPrompt=[setup.system], **servers)
+    return control_line("initialize", systemPrompt=[setup.system], **servers)
 
 
 def turn_line(turn: Json, place: int, version: Version) -> Json:
@@ -1260,10 +1165,8 @@ def turn_line(turn: Json, place: int, version: Version) -> Json:
         message["content"] = untyped(turn["content"], version)
         line.update(shouldQuery=False, text_not_typed=True)
     else:
-        usage = {"input_tokens": 0, "output_tokens": 0}
-        message.update(id=f"msg_{place}", type="message", usage=usage)
-        message.update(model=turn.get("model", "m"))  # the CLI drops another's thinking
-        message.update(stop_reason=None, stop_sequence=None)
+        model = turn.get("model", "m")  # the CLI drops the thinking of another one
+        message.update(ASSISTANT, id=f"msg_{place}", model=model)
     return {**line, "message": message}
 
 
@@ -1280,7 +1183,7 @@ def query_lines(ask: Ask, version: Version) -> List[Json]:
     }
     env = {name: text for name, text in env.items() if text}
     last = query_line(ask.turns[-1], version)
-    return [settings_line({"env": env}), last] if env else [last]
+    return [settings_line(env=env), last] if env else [last]
 
 
 def query_line(turn: Json, version: Version) -> Json:
@@ -1289,8 +1192,8 @@ def query_line(turn: Json, version: Version) -> Json:
     line = turn_line(turn, 0, version)
     del line["shouldQuery"]
     content = list(line["message"]["content"])
-    places = [i for i, block in enumerate(content) if block["type"] != "image"]
-    last = places[-1] if places else -1  # 2.1.330 loses a mark on an image
+    places = (i for i, block in enumerate(content) if block["type"] != "image")
+    last = max(places, default=-1)  # 2.1.330 loses a mark on an image
     content[last] = {**content[last], "cache_control": CACHE_MARK}
     return {**line, "message": {"role": "user", "content": content}}
 
@@ -1323,14 +1226,15 @@ def conversation(ask: Ask, turns: List[Json], version: Version) -> Conversation:
     return Conversation(ask.model, json.dumps(ask.setup), list(map(json.dumps, lines)))
 
 
-def mcp_line(line: Json, tools: Iterable[Json]) -> Optional[Json]:
-    """What an MCP server that holds `tools` answers to a control_request. None to
-    `tools/call`: that is the client's part, and this process ends with the answer."""
+def mcp_line(line: Json, setup: str) -> Optional[Json]:
+    """What an MCP server with the tools of a Setup, as JSON, answers to a
+    control_request. None to `tools/call`: that is the client's part, and this process
+    ends with the answer."""
     message = line["request"].get("message") or {}
     method, params = message.get("method"), message.get("params") or {}
     if method == "tools/call":
         return None
-    result: Json = {"tools": tools} if method == "tools/list" else {}
+    result = {"tools": json.loads(setup)[1]} if method == "tools/list" else {}
     if method == "initialize":
         result.update(protocolVersion=params.get("protocolVersion"))
         result.update(serverInfo={"name": SERVER, "version": __version__})
@@ -1362,10 +1266,8 @@ PLACES = """
 ~/.fnm/node-versions/*/installation/bin
 ~/.local/share/fnm/node-versions/*/installation/bin
 """.split()
-NO_CLI = (
-    "Claude Code was not found. Install it with `npm install -g "
-    "@anthropic-ai/claude-code`, or give its path with --claude."
-)
+NO_CLI = "Claude Code was not found. Install it (`npm install -g @anthropic-ai/claude-"
+NO_CLI += "code`), or give its path with --claude."
 
 
 class Program(NamedTuple):
@@ -1373,7 +1275,7 @@ class Program(NamedTuple):
 
     path: str
     version: Version
-    stamp: Tuple[Any, ...]
+    stamp: Tuple[int, ...]
 
 
 def dotted(version: Version) -> str:
@@ -1384,29 +1286,28 @@ def find_claude(chosen: str) -> str:
     """The CLI's path. Raises APIError 503 that says what to do."""
     if chosen:
         path = os.path.expanduser(chosen)
-        program = shutil.which(path)
-        if program:
-            return os.path.abspath(program)
-        problem = "can't be executed: chmod +x"
-        if not os.path.isfile(path):
-            problem = "is no file" if os.path.exists(path) else "does not exist"
+        if shutil.which(path):
+            return os.path.abspath(shutil.which(path))
+        problem = "needs chmod +x" if os.path.isfile(path) else "is no file"
         raise APIError(503, f"The program given with --claude {problem}.", "no_cli")
-    found = [shutil.which("claude")]
-    for place in PLACES:  # of several versions of node the newest first
-        paths = glob.glob(os.path.expanduser(place) + "/claude")
-        found += sorted(paths, key=lambda p: list(map(int, re.findall(r"\d+", p))))[::-1]
-    for path in found:
+    places = [os.path.expanduser(place) + "/claude" for place in PLACES]
+    found = [path for place in places for path in newest_first(glob.glob(place))]
+    for path in [shutil.which("claude"), *found]:
         if path and os.access(path, os.X_OK):
             return os.path.abspath(path)  # the CLI runs in another directory
     raise APIError(503, NO_CLI, "no_cli")
 
 
-def stamp_of(path: str) -> Tuple[Any, ...]:
-    real = os.path.realpath(path)
+def newest_first(paths: List[str]) -> List[str]:
+    """By the versions of node in them."""
+    return sorted(paths, key=lambda p: [int(d) for d in re.findall(r"\d+", p)])[::-1]
+
+
+def stamp_of(path: str) -> Tuple[int, ...]:
     with contextlib.suppress(OSError):
-        stat = os.stat(real)
-        return real, stat.st_mtime_ns, stat.st_size
-    return (real,)
+        stat = os.stat(path)
+        return stat.st_ino, stat.st_mtime_ns, stat.st_size
+    return ()
 
 
 def probe(path: str) -> Program:
@@ -1414,8 +1315,7 @@ def probe(path: str) -> Program:
     stamp = stamp_of(path)
     found = re.search(r"(\d+)\.(\d+)\.(\d+)", run_briefly(path, "--version").stdout)
     if not found:
-        message = "What was found as `claude` does not tell its --version."
-        raise APIError(503, message, "no_cli")
+        raise APIError(503, "The `claude` here does not tell its --version.", "no_cli")
     version = tuple(map(int, found.groups()))
     if version < OLDEST_CLI:
         message = f"Claude Code {dotted(version)} is too old; {dotted(OLDEST_CLI)} is "
@@ -1423,20 +1323,13 @@ def probe(path: str) -> Program:
     return Program(path, version, stamp)
 
 
-def is_logged_in(path: str) -> bool:
-    """What `claude auth status` says."""
-    out = run_briefly(path, "auth", "status")
-    with contextlib.suppress(ValueError, AttributeError):
-        return bool(json.loads(out.stdout).get("loggedIn"))
-    return out.returncode == 0
-
-
 def run_briefly(*argv: str) -> subprocess.CompletedProcess:
     """A short command of the CLI; one that can't run or hangs has exit code 1."""
-    options: Json = {"stdin": subprocess.DEVNULL, "capture_output": True}
-    options.update(text=True, errors="replace", env=environment(argv[0]))
     try:
-        return subprocess.run(argv, timeout=PROBE_SECONDS, **options)
+        return subprocess.run(
+            argv, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            errors="replace", env=environment(argv[0]), timeout=PROBE_SECONDS,
+        )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return subprocess.CompletedProcess(argv, 1, "", "")
 
@@ -1478,7 +1371,8 @@ class Installation:
             return None, str(error)
         with self.probing:
             if not self.login and time.monotonic() > self.look_at:
-                self.login = is_logged_in(program.path)
+                status = run_briefly(program.path, "auth", "status")
+                self.login = status.returncode == 0
                 self.look_at = time.monotonic() + LOGIN_SECONDS
             return program, "" if self.login else LOGIN_CURE
 
@@ -1510,39 +1404,34 @@ class Claude:
     def __init__(self, program: Program, model: str, home: str):
         self.program = program
         self.conversation = Conversation(model)
-        self.tools: List[Json] = []
         self.todo: collections.deque = collections.deque()  # (line, whether to wait)
         self.outbox = bytearray()
         self.inbox = bytearray()  # a line without its end
         self.waiting = False
         self.ended = False  # its output
         self.alive_at = self.born = time.monotonic()  # the last sign of life
-        self.complaint = b""  # the end of its stderr
         self.stopped = 0.0  # when it was sent a signal
         self.scratch = tempfile.mkdtemp(dir=home)
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
-            [program.path, *ARGV, "--model", model],
-            bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe,
-            cwd=os.path.join(home, CWD),
-            env={**environment(program.path), "CLAUDE_CODE_TMPDIR": self.scratch},
-            start_new_session=True,  # a process group of its own, to end it whole
-        )  # fmt: skip
+        self.stderr = os.path.join(self.scratch, "stderr")  # a file need not be read
+        with open(self.stderr, "wb") as stderr:
+            self.process = subprocess.Popen(
+                [program.path, *ARGV, "--model", model],
+                bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
+                cwd=os.path.join(home, CWD),
+                env={**environment(program.path), "CLAUDE_CODE_TMPDIR": self.scratch},
+                start_new_session=True,  # a process group of its own, to end it whole
+            )  # fmt: skip
         self.stdin, self.stdout = self.process.stdin, self.process.stdout
-        self.pipes = self.stdin, self.stdout, self.process.stderr
-        for pipe in self.pipes:
+        for pipe in (self.stdin, self.stdout):
             os.set_blocking(pipe.fileno(), False)
 
     def fits(self, wanted: Conversation) -> bool:
         """Whether all that it has been sent is the beginning of `wanted`. The model may
         differ up to the first turn: later the change shows in the conversation."""
-        has = self.conversation
-        if has.setup not in (None, wanted.setup):
-            return False
-        if has.turns or self.program.version < LATE_MODEL_CLI:
-            count = len(has.turns)
-            return has.model == wanted.model and has.turns == wanted.turns[:count]
-        return True
+        model, setup, turns = self.conversation
+        late = not turns and self.program.version >= LATE_MODEL_CLI
+        same = (late or model == wanted.model) and turns == wanted.turns[: len(turns)]
+        return same and setup in (None, wanted.setup)
 
     def readiness(self) -> Tuple[int, bool, float]:
         """A sort key: the longest conversation, then the oldest process."""
@@ -1553,11 +1442,9 @@ class Claude:
         """Send what is missing of `wanted`, which it fits, then `query`."""
         has, before = self.conversation, []
         if has.model != wanted.model:
-            before.append(settings_line({"model": wanted.model}))
+            before.append(settings_line(model=wanted.model))
         if has.setup is None and wanted.setup:
-            setup = Setup(*json.loads(wanted.setup))
-            self.tools = setup.tools
-            before.append(initialize_line(setup))
+            before.append(initialize_line(Setup(*json.loads(wanted.setup))))
         turns = wanted.turns[len(has.turns) :]
         self.todo.extend((json.dumps(line), False) for line in before)
         self.todo.extend((turn, turn.startswith('{"type": "user"')) for turn in turns)
@@ -1574,17 +1461,17 @@ class Claude:
 
     def write(self) -> None:
         """Write what the pipe takes. If the CLI is gone, its stdout shows it."""
+        count: Optional[int] = 1
         try:
-            while self.outbox:
-                del self.outbox[: os.write(self.stdin.fileno(), self.outbox)]
-        except BlockingIOError:
-            return  # the rest when there is room
+            while self.outbox and count:
+                count = self.stdin.write(self.outbox)  # None: there is no room yet
+                del self.outbox[: count or 0]
         except BrokenPipeError:
             self.outbox.clear()
 
     def read(self) -> List[Json]:
         """The lines that have come, less those for settle(). Raises APIError 502."""
-        data = read_some(self.stdout)
+        data = self.stdout.read(1 << 16)  # None: there is nothing yet
         self.ended = data == b""
         self.inbox += data or b""
         if b"\n" not in (data or b""):
@@ -1597,19 +1484,13 @@ class Claude:
         except STRANGE:
             raise strange_line() from None
 
-    def read_complaint(self) -> bool:
-        """Read stderr, keeping its end; False when there will be no more."""
-        data = read_some(self.process.stderr)
-        self.complaint = (self.complaint + (data or b""))[-2000:]
-        return data != b""
-
     def settle(self, line: Json) -> bool:
         """Do what a line asks of us; False if it belongs to the answer."""
         kind = line.get("type")
         if kind == "stream_event":
             self.alive_at = time.monotonic()
         elif kind == "control_request":
-            reply = mcp_line(line, self.tools)
+            reply = mcp_line(line, self.conversation.setup)
             self.outbox += json.dumps(reply).encode() + b"\n" if reply else b""
             self.write()
             return True
@@ -1633,8 +1514,8 @@ class Claude:
                 self.stop(signal.SIGKILL)
             return False
         self.stop(signal.SIGKILL)  # what it may have left in its group
-        for pipe in self.pipes:
-            pipe.close()
+        self.stdin.close()
+        self.stdout.close()
         self.remove_session_files()
         shutil.rmtree(self.scratch, ignore_errors=True)
         return True
@@ -1647,14 +1528,6 @@ class Claude:
             for name in os.listdir(sessions):  # glob() would cache a pattern for each
                 if name.startswith(f"{self.process.pid}."):
                     os.unlink(os.path.join(sessions, name))
-
-
-def read_some(pipe: Any) -> Optional[bytes]:
-    """What is there; b"" at the end; None if there is nothing yet."""
-    try:
-        return os.read(pipe.fileno(), 1 << 16)
-    except BlockingIOError:
-        return None
 
 
 class TimedReader(io.RawIOBase):
@@ -1671,9 +1544,6 @@ class TimedReader(io.RawIOBase):
 
     def readable(self) -> bool:
         return True
-
-    def fileno(self) -> int:
-        return self.connection.fileno()
 
     def has_left(self) -> bool:
         """Whether the client is gone. What it sends meanwhile is kept."""
@@ -1735,13 +1605,12 @@ def listen(
     notice that it left. Raises Disconnected; APIError 502 if a CLI ends, 504 after
     `patience` seconds without a sign of life.
     """
-    running = list(claudes)
     with selectors.DefaultSelector() as selector:
-        selector.register(client, selectors.EVENT_READ)
+        selector.register(client.connection, selectors.EVENT_READ, client)
         for claude in claudes:
-            watch(selector, claude)
-        while running:
-            for claude in running:
+            selector.register(claude.stdout, selectors.EVENT_READ, claude)
+        while claudes:
+            for claude in claudes:
                 watch_stdin(selector, claude)
             for key, _ in selector.select(TICK_SECONDS):
                 claude, lines = key.data, handle_ready(selector, key)
@@ -1749,44 +1618,35 @@ def listen(
                 yield from ((claude, line) for line in lines if not claude.stopped)
             if client.ended and client.has_left():
                 raise Disconnected
-            for claude in running:
-                check_life(selector, claude, patience)
-            running = [claude for claude in running if not claude.stopped]
+            claudes = [c for c in claudes if still_runs(selector, c, patience)]
             yield None
 
 
-def check_life(selector: Selector, claude: Claude, patience: float) -> None:
-    """See listen()."""
+def still_runs(selector: Selector, claude: Claude, patience: float) -> bool:
+    """Whether its answer is to come; see listen()."""
     if claude.stopped:
         unwatch(selector, claude)
     elif claude.ended:
         raise APIError(502, "The Claude CLI ended before its answer did.", "cli_died")
     elif time.monotonic() - claude.alive_at > patience:
-        message = f"Claude was silent for {patience:g} seconds."
-        raise APIError(504, message, "timeout")
+        raise APIError(504, f"Claude was silent for {patience:g} seconds.", "timeout")
+    return not claude.stopped
 
 
 def handle_ready(selector: Selector, key: Any) -> List[Json]:
     """Read or write what is ready -> the lines that came. (A client that is ready has
     left, or sends its next request already.)"""
     claude = key.data
-    if claude is None:
-        if key.fileobj.has_left():
+    if isinstance(claude, TimedReader):
+        if claude.has_left():
             raise Disconnected
-        if key.fileobj.is_full() or key.fileobj.ended:
+        if claude.is_full() or claude.ended:
             selector.unregister(key.fileobj)
-    elif key.fileobj is claude.stdin:
-        claude.write()
     elif key.fileobj is claude.stdout:
         return claude.read()
-    elif not claude.read_complaint():
-        selector.unregister(key.fileobj)
+    else:
+        claude.write()
     return []
-
-
-def watch(selector: Selector, claude: Claude) -> None:
-    for pipe in claude.pipes[1:]:
-        selector.register(pipe, selectors.EVENT_READ, claude)
 
 
 def watch_stdin(selector: Selector, claude: Claude) -> None:
@@ -1799,7 +1659,7 @@ def watch_stdin(selector: Selector, claude: Claude) -> None:
 
 
 def unwatch(selector: Selector, claude: Claude) -> None:
-    for pipe in claude.pipes:
+    for pipe in (claude.stdin, claude.stdout):
         with contextlib.suppress(KeyError):
             selector.unregister(pipe)
 
@@ -1835,7 +1695,7 @@ class Keeper:
         self.live: Set[Claude] = set()  # answering
         self.dying: List[Claude] = []  # sent a signal, not reaped yet
         self.spares: List[Claude] = []  # the one used least recently first
-        self.wishes: List[Tuple[Ask, List[Json]]] = []  # see expect()
+        self.wishes: collections.deque = collections.deque(maxlen=8)  # see expect()
         self.filling = False  # whether to start spares
         self.setups: collections.deque = collections.deque(maxlen=8)  # asked for before
         self.model = "sonnet"  # of the last request
@@ -1882,8 +1742,8 @@ class Keeper:
         try:
             return Claude(program, model, self.directory())
         except OSError as error:
-            reason = f"Claude Code can't be started: {error.strerror}."
-            raise APIError(503, reason, "no_cli") from error
+            problem = f"Claude Code can't be started: {error.strerror}."
+            raise APIError(503, problem, "no_cli")
 
     def release(self, claude: Claude) -> Claude:
         """Take a spare away from the main thread. The caller holds the lock."""
@@ -1904,10 +1764,9 @@ class Keeper:
         """Have tick() prepare a spare for a request like `ask` whose turns begin with
         `turns`. Without turns it is for another conversation: blank the first time,
         initialized when the same system prompt and tools come again."""
-        with self.lock:
-            if self.most:
-                self.wishes.append((ask, turns))
-                self.filling = True
+        if self.most:
+            self.wishes.append((ask, turns))
+            self.filling = True
         self.wake()
 
     def wake(self) -> None:
@@ -1922,15 +1781,17 @@ class Keeper:
                 with self.lock:
                     self.dying.remove(claude)
         program = self.installation.current()
-        with self.lock:
-            wishes, self.wishes = self.wishes, []
-            self.drop([c for c in self.spares if c.program != program])
-        for ask, turns in wishes if program and self.most else ():
+        self.drop([c for c in self.spares if c.program != program])
+        while self.wishes and program and self.most:
             with contextlib.suppress(APIError, RecursionError):
-                self.prepare(ask, turns, program)
+                self.prepare(*self.wishes.popleft(), program)
         self.replace_old()
         if program and self.filling:
-            self.fill(program)
+            self.filling = False
+            with contextlib.suppress(APIError):  # the next request reports it
+                while len(self.spares) < self.most:
+                    claude = self.spawn(program, self.model)
+                    self.add(claude, claude.conversation)
 
     def prepare(self, ask: Ask, turns: List[Json], program: Program) -> None:
         wanted = conversation(ask, turns, program.version)
@@ -1943,22 +1804,14 @@ class Keeper:
             claude = self.spawn(program, ask.model)
         self.add(claude, wanted)
 
-    def fill(self, program: Program) -> None:
-        self.filling = False
-        with contextlib.suppress(APIError):  # the next request reports it
-            while len(self.spares) < self.most:
-                self.add(self.spawn(program, self.model), Conversation(self.model))
-
     def replace_old(self) -> None:
         """Drop a spare that is too old or, if no spare is blank, one whose conversation
-        pauses; fill() starts another. One at a time: the newest must be up."""
+        pauses; tick() starts another. One at a time: the newest must be up."""
         now, by_age = time.monotonic(), sorted(self.spares, key=lambda c: c.born)
-        if not by_age or by_age[-1].born > now - STARTED_SECONDS:
-            return
         old = [c for c in by_age if c.born < now - SPARE_SECONDS]
         if all(c.conversation.setup for c in self.spares):
             old += [c for c in self.spares[:-1] if c.alive_at < now - PAUSE_SECONDS]
-        if old:
+        if old and by_age[-1].born < now - STARTED_SECONDS:
             self.drop(old[:1])
             self.filling = now < self.asked_at + REST_SECONDS
 
@@ -1966,7 +1819,7 @@ class Keeper:
         """Make it a spare, and send it what is missing of `wanted`."""
         with self.lock:
             self.spares.append(claude)
-            watch(self.selector, claude)
+            self.selector.register(claude.stdout, selectors.EVENT_READ, claude)
             claude.tell(wanted)
             watch_stdin(self.selector, claude)
 
@@ -1976,17 +1829,14 @@ class Keeper:
         with self.lock:
             if key.fileobj is self.woken:
                 self.woken.recv(4096)
-            if key.data not in self.spares:
-                return  # it was taken in this very moment
-            try:
-                lines = handle_ready(self.selector, key)
-                failed = key.data.ended or any(line.get("is_error") for line in lines)
-            except APIError:
-                failed = True
-            if failed:
-                self.drop([key.data])
-            else:
+            if key.data in self.spares:  # else it was taken in this very moment
+                try:
+                    lines = handle_ready(self.selector, key)
+                except APIError:
+                    lines = [{"is_error": True}]
                 watch_stdin(self.selector, key.data)
+                if key.data.ended or any(line.get("is_error") for line in lines):
+                    self.drop([key.data])
 
     def drop(self, claudes: Iterable[Claude]) -> None:
         """Retire those of `claudes` that are spares."""
@@ -1996,9 +1846,8 @@ class Keeper:
 
     def stop_all(self, how: int) -> None:
         with self.lock:
-            claudes = [*self.live, *self.dying, *self.spares]
-        for claude in claudes:
-            claude.stop(how)
+            for claude in [*self.live, *self.dying, *self.spares]:
+                claude.stop(how)
 
     def close(self) -> None:
         for resource in (self.selector, self.woken, self.waker):
@@ -2011,23 +1860,16 @@ class Keeper:
 # times are passed in. A kind of line or event is skipped until it has a row in
 # Answer.LINES or Answer.EVENTS.
 
-FINISH_REASONS = {  # the Messages API's stop_reason -> OpenAI's finish_reason
-    "end_turn": "stop",
-    "stop_sequence": "stop",
-    "pause_turn": "stop",
-    "max_tokens": "length",
-    "model_context_window_exceeded": "length",
-    "tool_use": "tool_calls",
-    "refusal": "content_filter",
-}
+# The Messages API's stop_reason -> OpenAI's finish_reason; all others are "stop".
+FINISH_REASONS = {
+    "max_tokens": "length", "model_context_window_exceeded": "length",
+    "tool_use": "tool_calls", "refusal": "content_filter",
+}  # fmt: skip
 # After these stop reasons the CLI makes no further API request, unless the answer was
 # empty. After any other it may, even during shutdown, so it is killed.
 CALM_STOPS = ("end_turn", "stop_sequence")
-# The type of a block -> the channel of its text; the type of a delta -> its text's name.
-CHANNELS = {"text": "content", "thinking": "reasoning_content"}
-DELTA_TEXTS = {
-    "text_delta": "text", "thinking_delta": "thinking", "input_json_delta": "partial_json",
-}  # fmt: skip
+CHANNELS = {"text": "content", "thinking": "reasoning_content"}  # by a block's type
+DELTAS = {"text": "text", "thinking": "thinking", "input_json": "partial_json"}
 
 
 class Delta(NamedTuple):
@@ -2106,10 +1948,10 @@ class Answer:
         self.block = block = dict(event["content_block"])
         self.pieces, self.channel = [], CHANNELS.get(block["type"])
         if block["type"] == "tool_use":
-            if not self.ask.structured or block["name"] != STRUCTURED_OUTPUT:
+            if block["name"] != STRUCTURED_OUTPUT:
                 yield from self.on_call(block)
             elif all(known.get("name") != STRUCTURED_OUTPUT for known in self.blocks):
-                self.channel = "content"  # a second one is never told
+                self.channel = "content"  # that of a second call is no part of it
 
     def on_call(self, block: Json) -> Deltas:
         index = self.channel = self.call_count
@@ -2123,12 +1965,13 @@ class Answer:
 
     def on_block_delta(self, event: Json) -> Deltas:
         delta = event["delta"]
-        if delta["type"] == "signature_delta":
+        kind = delta["type"][: -len("_delta")]
+        if kind == "signature":
             self.block["signature"] += delta["signature"]
-        elif delta["type"] in DELTA_TEXTS:
-            text = string(delta[DELTA_TEXTS[delta["type"]]])
+        elif kind in DELTAS:
+            text = string(delta[DELTAS[kind]])
             self.pieces.append(text)
-            if not self.ask.properties.get(self.block.get("name")):
+            if self.block.get("name") not in self.ask.wrapped:
                 yield from self.say(text)
 
     def on_block_stop(self, event: Json) -> Deltas:
@@ -2137,11 +1980,13 @@ class Answer:
             block[block["type"]] += text
         if block["type"] != "text" or block["text"].strip():
             self.blocks.append(block)  # the API refuses an empty text
-        names = self.ask.properties.get(block.get("name"))
-        if block["type"] == "tool_use" and (names or not text):  # not said in pieces
-            value = json.loads(text) if text else block["input"]
-            value = {(names or {}).get(key, key): item for key, item in value.items()}
-            yield from self.say(json.dumps(value, ensure_ascii=False))
+        wrapped = block.get("name") in self.ask.wrapped
+        if block["type"] == "tool_use" and (wrapped or not text):  # not said in pieces
+            value = call_input(Field({"arguments": text})) if text else block["input"]
+            value = value.get(WRAPPED, value) if wrapped else value
+            if type(value) is not str:  # as a custom tool's is
+                value = json.dumps(value, ensure_ascii=False)
+            yield from self.say(value)
 
     def on_message_delta(self, event: Json) -> Deltas:
         self.count(event.get("usage") or {})
@@ -2170,7 +2015,8 @@ class Answer:
                 if block["type"] in CHANNELS:
                     yield from self.say(block[block["type"]])
                 yield from self.on_block_stop({})
-            yield from self.finish(message["stop_reason"])
+            if not self.finish_reason:  # else it was cut at a stop string
+                yield from self.finish(message["stop_reason"])
 
     def on_result(self, line: Json) -> Deltas:
         """The end of the turn. An answer would have been complete before."""
@@ -2187,10 +2033,16 @@ class Answer:
         raise failure(words, text, wait, self.now)
 
     def on_system(self, line: Json) -> Deltas:
-        """The tools that the CLI took, or a retry to come: it only helps against
-        failures of the API's own."""
+        """The tools that the CLI took: it drops one in silence if it does not like the
+        schema. Or a retry to come: it only helps against failures of the API's own."""
         if line.get("subtype") == "init":
-            self.expect_tools(line.get("tools") or [])
+            taken = line.get("tools") or []
+            taken = [*taken, "Agent"] if "Task" in taken else taken  # one name for both
+            for tool in self.ask.setup.tools:
+                if tool["name"] not in taken:
+                    name = self.ask.names.get(tool["name"], tool["name"])
+                    message = f"Claude Code does not take the schema of '{name}'."
+                    raise APIError(400, message, "invalid_schema", "tools")
         elif line.get("subtype") == "api_retry":
             status, category = line["error_status"] or 0, line.get("error")
             if 400 <= status < 500:
@@ -2198,32 +2050,18 @@ class Answer:
                 wait = line["retry_delay_ms"] / 1000
                 raise failure([status, category], text, wait, self.now)
 
-    def expect_tools(self, taken: List[str]) -> None:
-        """The CLI drops a tool in silence if it does not like the schema."""
-        taken = [*taken, *(["Agent"] if "Task" in taken else [])]  # it lists one name
-        for tool in self.ask.setup.tools:
-            if tool["name"] not in taken:
-                name = self.ask.names.get(tool["name"], tool["name"])
-                message = f"Claude Code does not take the schema of '{name}'."
-                raise APIError(400, message, "invalid_schema", "tools")
-
-    def on_rate_limit(self, line: Json) -> Deltas:
+    def on_rate_limit(self, line: Json) -> None:
         self.rate_limit = dict(line["rate_limit_info"])
 
     EVENTS = {
-        "message_start": on_message_start,
-        "content_block_start": on_block_start,
-        "content_block_delta": on_block_delta,
-        "content_block_stop": on_block_stop,
+        "message_start": on_message_start, "content_block_start": on_block_start,
+        "content_block_delta": on_block_delta, "content_block_stop": on_block_stop,
         "message_delta": on_message_delta,
-    }
+    }  # fmt: skip
     LINES = {
-        "stream_event": on_event,
-        "assistant": on_assistant,
-        "result": on_result,
-        "system": on_system,
-        "rate_limit_event": on_rate_limit,
-    }
+        "stream_event": on_event, "assistant": on_assistant, "result": on_result,
+        "system": on_system, "rate_limit_event": on_rate_limit,
+    }  # fmt: skip
 
     def say(self, text: str) -> Deltas:
         """The delta for what is new of a text of the open block."""
@@ -2232,8 +2070,10 @@ class Answer:
             text = self.skip_repeated(channel, text)
         if channel is not None:
             self.sent[channel].append(text)
-            text = self.hold_back(text) if channel == "content" else text
-            yield from [Delta(self.index, channel, text)] if text else []
+        if channel == "content":
+            text = self.hold_back(text)
+        if text and channel is not None:
+            yield Delta(self.index, channel, text)
 
     def skip_repeated(self, channel: Any, text: str) -> str:
         """What is new of a text of a restarted answer."""
@@ -2255,9 +2095,7 @@ class Answer:
         text = self.held + text
         found = [place for place in map(text.find, self.ask.stops) if place >= 0]
         if found:
-            whole = self.text("content")
-            end = len(whole) - len(text) + min(found)
-            self.sent["content"] = [whole[:end]]
+            self.sent["content"] = [self.text("content")[: min(found) - len(text)]]
             self.held, self.finish_reason, self.calm = "", "stop", True
             return text[: min(found)]
         keep = max([open_end(text, stop) for stop in self.ask.stops] + [int(half)])
@@ -2266,14 +2104,12 @@ class Answer:
 
     def finish(self, reason: str) -> Deltas:
         """The message is complete: release what was held back."""
-        if self.finish_reason:
-            return  # it was cut at a stop string
         missing = self.repeated.keys() - {"reasoning_content"}
         if missing or self.call_count < len(self.calls):
             raise interrupted()
         self.finish_reason = FINISH_REASONS.get(reason, "stop")
-        if reason == "tool_use" and not self.calls:
-            self.finish_reason = "stop"  # it was the structured output's own tool
+        if not self.calls and reason == "tool_use":  # it was STRUCTURED_OUTPUT
+            self.finish_reason = "stop"
         self.calm = reason in CALM_STOPS and bool(self.text("content"))
         yield Delta(self.index, "content", self.held)
 
@@ -2322,7 +2158,7 @@ class Reply:
         self.ask, self.id, self.created = ask, self.prefix + id, created
         self.answers = [Answer(ask, index, created) for index in range(ask.n)]
         self.first: Optional[float] = None  # seconds until its first token
-        self.texts: Texts = {}
+        self.texts: Memory = {}  # to be kept
         self.begun: Set[int] = set()  # answers that have sent a role
 
     @property
@@ -2337,20 +2173,17 @@ class Reply:
     def usage(self, input: str = "prompt", output: str = "completion") -> Json:
         """The Messages API's usage of each answer as OpenAI's, summed. Its input_tokens
         leave out what was read from, or written to, the prompt cache."""
-
-        def total(*keys: str) -> int:
-            return sum(answer.usage.get(k, 0) for answer in self.answers for k in keys)
-
-        cached, written = "cache_read_input_tokens", "cache_creation_input_tokens"
-        read, made = total("input_tokens", cached, written), total("output_tokens")
-        thought = total("thinking_tokens")
+        sums: Dict[str, int] = collections.Counter()
+        for answer in self.answers:
+            sums.update(answer.usage)
+        cached, made = sums["cache_read_input_tokens"], sums["output_tokens"]
+        read = sums["input_tokens"] + sums["cache_creation_input_tokens"] + cached
         return {
-            f"{input}_tokens": read,
-            f"{output}_tokens": made,
+            f"{input}_tokens": read, f"{output}_tokens": made,
             "total_tokens": read + made,
-            f"{input}_tokens_details": {"cached_tokens": total(cached)},
-            f"{output}_tokens_details": {"reasoning_tokens": thought},
-        }
+            f"{input}_tokens_details": {"cached_tokens": cached},
+            f"{output}_tokens_details": {"reasoning_tokens": sums["thinking_tokens"]},
+        }  # fmt: skip
 
     def chunk(self, choices: List[Json], usage: Optional[Json] = None) -> str:
         chunk = {"id": self.id, "object": "chat.completion.chunk"}
@@ -2397,13 +2230,12 @@ class Reply:
 
     def notes(self) -> Json:
         """What the log says of it."""
-        notes, usage = {"model": printable(self.model)[:60]}, self.usage()
+        notes: Json = {"model": printable(self.model)[:60]}
         if self.first is not None:
             notes["first"] = f"{self.first:.3f}"
         if self.is_complete:
-            cached = usage["prompt_tokens_details"]["cached_tokens"]
-            notes.update({"in": usage["prompt_tokens"], "cached": cached})
-            notes["out"] = usage["completion_tokens"]
+            read, made, _, cached, _ = self.usage().values()
+            notes.update({"in": read, "cached": cached["cached_tokens"], "out": made})
         return notes
 
 
@@ -2462,8 +2294,7 @@ class ResponseReply(Reply):
 
     def event(self, delta: Delta) -> str:
         _, channel, text, reason = delta
-        if not self.sequence:
-            self.begin()
+        begun = "" if self.sequence else self.alive()
         hidden = channel == "reasoning_content" and not self.ask.summary
         if (text or type(channel) is int) and not hidden:
             self.add(channel, text)
@@ -2471,12 +2302,13 @@ class ResponseReply(Reply):
             self.close("incomplete" if reason == "length" else "completed")
         if reason == "content_filter":
             self.failed = {"code": "invalid_prompt", "message": REFUSAL}
-        return self.flush()
+        return begun + self.flush()
 
-    def begin(self) -> None:
+    def alive(self) -> str:
         if not self.sequence:
             self.emit("response.created", response=self.completion())
         self.emit("response.in_progress", response=self.completion())
+        return self.flush()
 
     def add(self, channel: Any, text: str) -> None:
         if channel != self.channel:
@@ -2486,7 +2318,7 @@ class ResponseReply(Reply):
             self.open(channel)
         self.pieces.append(text)
         kind = self.output[-1]["type"]
-        if text and kind != "custom_tool_call":  # its input is known at the end
+        if text:
             extra = {"logprobs": []} if kind == "message" else {}
             self.emit_inside(TEXT_EVENTS[kind][0] + ".delta", delta=text, **extra)
 
@@ -2516,9 +2348,6 @@ class ResponseReply(Reply):
             return
         item, text, self.channel = self.output[-1], "".join(self.pieces), None
         event, field = TEXT_EVENTS[item["type"]]
-        if item["type"] == "custom_tool_call":
-            text = str(call_input(text).get("input", text))
-            self.emit_inside(event + ".delta", delta=text)
         name = {"name": item["name"]} if "name" in item else {}
         self.emit_inside(event + ".done", **{field: text}, **name)
         if item["type"] in PART_EVENTS:
@@ -2530,10 +2359,6 @@ class ResponseReply(Reply):
         item.update({"status": status} if "status" in item else {})
         self.texts.update({item["id"]: text} if item["type"] == "message" else {})
         self.emit_inside("output_item.done", item=item)
-
-    def alive(self) -> str:
-        self.begin()
-        return self.flush()
 
     def end(self) -> str:
         if self.failed:
@@ -2560,7 +2385,7 @@ class ResponseReply(Reply):
         response.update(status=status, model=self.model, error=self.failed)
         response.update(incomplete_details=cut, output=self.output)
         response.update(usage=self.usage("input", "output") if reason else None)
-        return {**response, **self.ask.echo, **NOT_STORED}
+        return {**response, **self.ask.echo, "store": False}
 
 
 # ── One answer ─────────────────────────────────────────────────────────────────────
@@ -2584,16 +2409,23 @@ class Gate:
     def enter(self, places: int, client: TimedReader) -> Iterator[None]:
         """Yield None while waiting. Raises APIError 400, 429, Disconnected."""
         if places > self.width:
-            message = f"'n' must not exceed this server's limit of {self.width}."
-            raise APIError(400, message, None, "n")
+            raise APIError(400, f"'n' exceeds this server's {self.width}.", None, "n")
         ticket = object()
+
+        def is_next() -> bool:
+            return self.queue[0] is ticket and self.active + places <= self.width
+
         with self.changed:
             if len(self.queue) >= MAX_WAITING:
                 message = "Too many requests are waiting for this server."
                 raise APIError(429, message, "queue_full", None, {"Retry-After": "5"})
             self.queue.append(ticket)
         try:
-            while not self.admits(ticket, places):
+            while True:
+                with self.changed:
+                    if self.changed.wait_for(is_next, TICK_SECONDS):
+                        self.active += places
+                        return
                 yield None
                 if client.has_left():
                     raise Disconnected
@@ -2601,17 +2433,6 @@ class Gate:
             with self.changed:
                 self.queue.remove(ticket)
                 self.changed.notify_all()
-
-    def admits(self, ticket: object, places: int) -> bool:
-        """Whether this one is next, now or within TICK_SECONDS."""
-
-        def fits() -> bool:
-            return self.queue[0] is ticket and self.active + places <= self.width
-
-        with self.changed:
-            admitted = self.changed.wait_for(fits, TICK_SECONDS)
-            self.active += places if admitted else 0
-            return admitted
 
     def leave(self, places: int) -> None:
         with self.changed:
@@ -2625,8 +2446,7 @@ STOPPING = "The server is stopping."
 class Backend:
     """What all requests share: the gate, the processes, and what past answers taught.
 
-    `thoughts`, `texts` and `rate_limit` are read and written whole, which needs no
-    lock.
+    `memory` and `rate_limit` are read and written whole, which needs no lock.
     """
 
     def __init__(self, settings: Settings):
@@ -2634,8 +2454,7 @@ class Backend:
         self.gate = Gate(settings.max_concurrency)
         self.installation = Installation(settings.claude)
         self.keeper = Keeper(self.installation, settings.spares)
-        self.thoughts: Thoughts = {}
-        self.texts: Texts = {}
+        self.memory: Memory = {}
         self.rate_limit: Optional[Json] = None
         self.started = time.monotonic()
         self.stopping = False
@@ -2643,7 +2462,7 @@ class Backend:
     def deltas(self, reply: Reply, client: TimedReader) -> Iterator[Optional[Delta]]:
         """The deltas of one response, until its processes have ended. None means that
         there is no more for now. Raises APIError, Disconnected."""
-        ask, begun, expecting = reply.ask, time.monotonic(), False
+        ask, begun = reply.ask, time.monotonic()
         yield from self.gate.enter(ask.n, client)
         answers: Dict[Claude, Answer] = {}
         try:
@@ -2662,11 +2481,9 @@ class Backend:
                     deltas = answer.feed(line)
                     if answer.finish_reason:
                         claude.stop(signal.SIGTERM if answer.calm else signal.SIGKILL)
-                    if deltas and not expecting:
-                        expecting = True
-                        self.keeper.expect(ask, ask.turns if ask.goes_on else [])
                     if reply.first is None and (answer.sent or answer.calls):
                         reply.first = time.monotonic() - begun
+                        self.keeper.expect(ask, ask.turns if ask.goes_on else [])
                     yield from deltas
             if not reply.is_complete:
                 raise APIError(503, STOPPING, "stopping")
@@ -2691,11 +2508,10 @@ class Backend:
         for answer in reply.answers:
             if answer.calls and any("thinking" in b["type"] for b in answer.blocks):
                 thought = Thought(reply.ask.model, answer.model, answer.blocks)
-                self.thoughts[answer.calls[0]["id"]] = thought
-        self.texts.update(reply.texts)
-        for store in (self.thoughts, self.texts):
-            while len(store) > MAX_THOUGHTS:
-                store.pop(next(iter(list(store))), None)
+                self.memory[answer.calls[0]["id"]] = thought
+        self.memory.update(reply.texts)
+        while len(self.memory) > MAX_MEMORY:
+            self.memory.pop(next(iter(list(self.memory))), None)
 
     def note_failure(self, error: APIError, claudes: Iterable[Claude]) -> None:
         self.refuse_when_stopping()
@@ -2703,40 +2519,35 @@ class Backend:
             self.installation.note_login(False)
             self.keeper.drop(self.keeper.spares)  # they know the old login
         for claude in claudes if self.settings.verbose else ():
-            if claude.complaint:
-                log("claude: " + claude.complaint.decode("utf-8", "replace"))
+            with contextlib.suppress(OSError), open(claude.stderr, "rb") as file:
+                log("claude: " + file.read()[-2000:].decode("utf-8", "replace"))
 
     def note_limit(self, info: Json) -> None:
         """Keep what the CLI says of the plan's limit, for /health. Log it if it is new
         and not plainly "allowed"."""
-        shown = ("rateLimitType", "status", "utilization", "resetsAt")
-        before, keys = self.rate_limit or {}, shown[:2]
-        news = [info.get(key) for key in keys] != [before.get(key) for key in keys]
-        if info and news and info.get("status") != "allowed":
-            log(" ".join(["limit", *(f"{k}={info[k]}" for k in shown if k in info)]))
+        before = (self.rate_limit or {}).get("status")
+        if info and info.get("status") not in ("allowed", before):
+            log("limit " + " ".join(f"{key}={value}" for key, value in info.items()))
         self.rate_limit = info or self.rate_limit
 
     def expect_next_turn(self, reply: Reply) -> None:
         """The response is out: have a spare ready for the turn that follows it."""
-        ask = reply.ask
-        if not (reply.is_complete and ask.goes_on):
-            return
-        script = Transcript(ask.turns)
-        with contextlib.suppress(APIError):  # two calls of one id
-            script.add_message(Field(reply.answers[0].message()))
-            script.recall(self.thoughts, ask.model, ask.properties)
-            self.keeper.expect(ask, script.turns)
+        ask, script = reply.ask, Transcript()
+        if reply.is_complete and ask.goes_on:
+            with contextlib.suppress(APIError):  # two calls of one id
+                script.add_message(Field(reply.answers[0].message()))
+                script.recall(self.memory, ask.model, ask.wrapped)
+                # (The script put BEGIN before the answer.)
+                self.keeper.expect(ask, ask.turns + script.turns[1:])
 
     def health(self) -> Tuple[int, Json]:
         """-> (status, body) of /health."""
         program, problem = self.installation.look()
-        claude = {
-            "path": program.path if program else None,
-            "version": dotted(program.version) if program else None,
-            "logged_in": self.installation.login if program else None,
-        }
         body = {"status": "error" if problem else "ok", "version": __version__}
-        body.update({"message": problem} if problem else {}, claude=claude)
+        body.update({"message": problem} if problem else {}, claude=None)
+        if program:
+            claude = {"path": program.path, "version": dotted(program.version)}
+            body["claude"] = {**claude, "logged_in": self.installation.login}
         body.update(active=self.gate.active, waiting=len(self.gate.queue))
         body.update(spares=len(self.keeper.spares), rate_limit=self.rate_limit)
         body.update(uptime=round(time.monotonic() - self.started))
@@ -2757,8 +2568,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, settings: Settings):
         self.settings = settings
-        is_v6 = ":" in settings.host
-        self.address_family = socket.AF_INET6 if is_v6 else socket.AF_INET
+        if ":" in settings.host:
+            self.address_family = socket.AF_INET6
         super().__init__((settings.host, settings.port), Handler)
         self.socket.setblocking(False)  # BSD: a client may leave before accept()
         self.backend = Backend(settings)
@@ -2802,14 +2613,15 @@ class Server(http.server.ThreadingHTTPServer):
         keeper = self.backend.keeper
         keeper.most = 0
         keeper.drop(keeper.spares)
-        stages = (None, DRAIN_SECONDS), (signal.SIGTERM, TERM_SECONDS), (signal.SIGKILL, TERM_SECONDS)
-        for how, seconds in stages:
+        kill = signal.SIGKILL, TERM_SECONDS
+        waits = (0, DRAIN_SECONDS), (signal.SIGTERM, TERM_SECONDS), kill
+        for how, seconds in waits:
             if how:
                 keeper.stop_all(how)
             end = time.monotonic() + seconds
             while (self.busy or keeper.dying) and time.monotonic() < end:
                 keeper.tick()
-                time.sleep(0.01)
+                time.sleep(0.002)
         keeper.close()
 
 
@@ -2847,10 +2659,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return False
         if not super().parse_request():
             return False
+        if self.request_version == "HTTP/1.0":
+            self.close_connection = True  # its keep-alive is not offered
         absolute = re.match("(?i)https?://([^/?]*)(.*)", self.path)
-        self.authority, self.path = absolute.groups() if absolute else ("", self.path)
-        lengths = "Content-Length", "Transfer-Encoding"
-        has_body = any(self.headers.get(name, "0") != "0" for name in lengths)
+        if absolute:  # it counts instead of Host (3.2.2)
+            del self.headers["Host"]
+            self.headers["Host"], self.path = absolute.groups()
+        size = self.headers.get("Content-Length", "0")
+        has_body = size != "0" or "Transfer-Encoding" in self.headers
         self.body_unread = has_body or self.is_malformed()
         return True
 
@@ -2890,9 +2706,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         hosts = self.headers.get_all("Host") or []
         if len(hosts) > 1 or (not hosts and self.request_version != "HTTP/1.0"):
             raise APIError(400, "A request needs one Host header.")
-        for host in [self.authority] if self.authority else hosts:  # RFC 9112, 3.2.2
-            if not self.is_our_name(host):
-                raise forbidden("This server does not answer to this Host; see --host.")
+        if hosts and not self.is_our_name(hosts[0]):
+            raise forbidden("This server does not answer to this Host; see --host.")
         origin = self.headers.get("Origin")
         if origin is not None and not self.is_allowed_origin(origin):
             raise forbidden("This web origin is not allowed; see --allow-origin.")
@@ -2920,57 +2735,54 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def is_allowed_origin(self, origin: str) -> bool:
         """This machine's pages, applications, and what --allow-origin names."""
         scheme, _, rest = origin.lower().partition("://")
-        if origin in self.server.origins:
-            return True
-        if scheme not in ("http", "https"):
-            return bool(rest)  # app://, vscode-webview://, …; not "null", "file://"
-        return is_loopback(re.sub(r":\d*$", "", rest).strip("[]"))
+        own = is_loopback(re.sub(r":\d*$", "", rest).strip("[]"))
+        # app://…, vscode-webview://…; but not "null" and "file://"
+        is_app = scheme not in ("http", "https") and bool(rest)
+        return own or is_app or origin in self.server.origins
 
     def route(self) -> None:
         path = urllib.parse.unquote(self.path.split("?")[0]).rstrip("/")
         path = path[len("/v1") :] if path.startswith("/v1/") else path
         path, _, model = path.partition("/models/")
-        methods = self.ROUTES.get("/models/" if model else path)
-        if methods and "websocket" in self.headers.get("Upgrade", "").lower():
-            message = "Use POST, not a WebSocket."  # Codex does so then
-            raise APIError(426, message, headers={"Upgrade": "HTTP/1.1"})
-        if methods is None:
+        methods, handler = self.ROUTES.get("/models/" if model else path, ("", None))
+        if not handler:
             message = f"There is no {self.path[:100]} here. Try /v1/chat/completions."
             raise APIError(404, message, "unknown_url")
-        method = "GET" if self.command == "HEAD" else self.command
-        if method not in methods:
-            allowed = ", ".join([*methods, *(["HEAD"] if "GET" in methods else [])])
-            message = f"{self.command} is not allowed here; {allowed} is."
-            raise APIError(405, message, headers={"Allow": allowed})
-        methods[method](self, *([model] if model else []))
+        if "websocket" in self.headers.get("Upgrade", "").lower():
+            upgrade = {"Upgrade": "HTTP/1.1"}  # Codex uses POST then
+            raise APIError(426, "Use POST, not a WebSocket.", headers=upgrade)
+        if self.command not in methods.split(", "):
+            message = f"{self.command} is not allowed here; {methods} is."
+            raise APIError(405, message, headers={"Allow": methods})
+        if self.command == "OPTIONS":
+            return self.preflight()
+        handler(self, *([model] if model else []))
 
-    def preflight(self, *model: str) -> None:
+    def preflight(self) -> None:
         """CORS (Fetch standard, 3.3): what a browser asks before the request."""
         asked = self.headers.get("Access-Control-Request-Headers", "*")
         headers = {"Access-Control-Allow-Methods": "GET, POST"}
         headers["Access-Control-Allow-Headers"] = re.sub(r"[^\w*, -]", "", asked)
         headers["Access-Control-Max-Age"] = "600"
-        if self.headers.get("Access-Control-Request-Private-Network"):
-            headers["Access-Control-Allow-Private-Network"] = "true"
         self.send_json(204, None, headers)
 
     def get_health(self) -> None:
         self.send_json(*self.backend.health())
 
     def get_models(self) -> None:
-        models = [model_object(name) for name in KNOWN_MODELS]
-        self.send_json(200, {"object": "list", "data": models})
+        data = list(map(model_object, KNOWN_MODELS))
+        self.send_json(200, {"object": "list", "data": data})
 
     def get_model(self, model: str) -> None:
         cli_model(model)
         self.send_json(200, model_object(model))
 
     def post_chat(self) -> None:
-        self.respond(Reply, parse_chat(self.read_json(), self.backend.thoughts))
+        self.respond(Reply, parse_chat(self.read_json(), self.backend.memory))
 
     def post_response(self) -> None:
-        known = self.backend.thoughts, self.backend.texts
-        self.respond(ResponseReply, parse_response(self.read_json(), *known))
+        memory = self.backend.memory
+        self.respond(ResponseReply, parse_response(self.read_json(), memory))
 
     def respond(self, kind: Any, ask: Ask) -> None:
         """`kind`: Reply, or a subclass."""
@@ -2985,12 +2797,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         finally:
             self.backend.expect_next_turn(reply)
 
-    ROUTES = {
-        "/health": {"GET": get_health, "OPTIONS": preflight},
-        "/models": {"GET": get_models, "OPTIONS": preflight},
-        "/models/": {"GET": get_model, "OPTIONS": preflight},
-        "/chat/completions": {"POST": post_chat, "OPTIONS": preflight},
-        "/responses": {"POST": post_response, "OPTIONS": preflight},
+    ROUTES = {  # the methods that are allowed, and what answers them
+        "/health": ("GET, HEAD, OPTIONS", get_health),
+        "/models": ("GET, HEAD, OPTIONS", get_models),
+        "/models/": ("GET, HEAD, OPTIONS", get_model),
+        "/chat/completions": ("POST, OPTIONS", post_chat),
+        "/responses": ("POST, OPTIONS", post_response),
     }
 
     # Reading.
@@ -3043,22 +2855,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
             body += self.rfile.read(count)
             if count and self.rfile.readline(2) not in (b"\r\n", b"\n"):
                 raise malformed
-        for _ in range(100):  # trailers
-            if self.rfile.readline(1 << 16) in (b"\r\n", b"\n", b""):
-                return bytes(body)
-        raise malformed
+        while self.rfile.readline(1 << 16) not in (b"\r\n", b"\n", b""):
+            pass  # trailers
+        return bytes(body)
 
     def skip_body(self) -> None:
         """A reset would take an early answer from the client: read what it still sends
         for a moment, then hang up."""
-        if not self.body_unread:
-            return
-        self.close_connection = True
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_WR)
-            self.reader.deadline = time.monotonic() + 2
-            while "Expect" not in self.headers and self.rfile.read1(1 << 16):
-                pass
+        if self.body_unread:
+            self.close_connection = True
+            with contextlib.suppress(OSError):
+                self.connection.shutdown(socket.SHUT_WR)
+                self.reader.deadline = time.monotonic() + 2
+                while "Expect" not in self.headers and self.rfile.read1(1 << 16):
+                    pass
 
     # Writing.
 
@@ -3078,8 +2888,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             common["Access-Control-Allow-Origin"] = origin
         if self.close_connection or self.body_unread:
             common["Connection"] = "close"
-        elif self.request_version == "HTTP/1.0":
-            common["Connection"] = "keep-alive"  # as the client asked
         lines = [f"{self.protocol_version} {status} {self.responses[status][0]}"]
         lines += [f"{name}: {text}" for name, text in {**common, **headers}.items()]
         return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace")
@@ -3114,7 +2922,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not self.status:
             headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
             headers.update({"Transfer-Encoding": "chunked"} if chunked else {})
-            self.close_connection = self.close_connection or not chunked
             head = self.head(200, headers)
         if chunked:
             data = b"%x\r\n%b\r\n%b" % (len(data), data, end)
@@ -3149,9 +2956,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_answer(self, seconds: float) -> None:
         """Time, status, method, path; then what is known, as name=value."""
         path = printable(getattr(self, "path", "?").split("?")[0])[:80]
-        notes = {**(self.reply.notes() if self.reply else {}), "total": f"{seconds:.3f}"}
+        notes = self.reply.notes() if self.reply else {}
         words = [str(self.status), self.command or "?", path]
-        log(" ".join([*words, *(f"{name}={value}" for name, value in notes.items())]))
+        words += [f"{name}={value}" for name, value in notes.items()]
+        log(" ".join([*words, f"total={seconds:.3f}"]))
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: log_answer() writes one line for each request."""
@@ -3173,23 +2981,6 @@ def too_large() -> APIError:
 # ── Main ───────────────────────────────────────────────────────────────────────────
 
 
-def check_python() -> None:
-    """Exit if it is too old. (3.7 and 3.8 can read this file, but not run it.)"""
-    if sys.version_info < OLDEST_PYTHON:
-        needed, own = dotted(OLDEST_PYTHON), sys.version.split()[0]
-        sys.exit(f"claude_max_proxy: Python {own} is too old; {needed} is needed.")
-
-
-def raise_file_limit() -> None:
-    """macOS gives a process 256 descriptors; each connection and CLI needs some."""
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        most = 8192 if hard == resource.RLIM_INFINITY else min(8192, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
-
-
 def findings(installation: Installation) -> Iterator[Tuple[str, str]]:
     """What is right or wrong with this machine: ("ok", "problem" or "note", text)."""
     program, problem = installation.look()
@@ -3202,38 +2993,27 @@ def findings(installation: Installation) -> Iterator[Tuple[str, str]]:
         yield "problem", "There is no usable directory for temporary files: set TMPDIR."
     billed = ", ".join(name for name in BILLED if os.environ.get(name))
     if billed:
-        why = "is set, and kept from Claude Code: it would bill you by the token."
-        yield "note", f"{billed} {why}"
+        yield "note", f"{billed} is kept from Claude Code: it would bill by the token."
 
 
 def bind_problem(settings: Settings, error: OSError) -> str:
-    where = f"{settings.host}:{settings.port}"
-    if error.errno == errno.EADDRINUSE:
-        return f"{where} is in use: stop what listens there, or choose another --port."
-    return f"can't listen on {where}: {error.strerror or error}."
+    where = f"{settings.host}:{settings.port} ({error.strerror or error})"
+    return f"can't listen on {where}: stop what listens there, or choose another --port"
 
 
 def check_port(settings: Settings) -> Tuple[str, str]:
-    """A finding."""
+    """A finding. This server may have the port already."""
     try:
         with socket.create_server((settings.host, settings.port)):
             return "ok", f"port {settings.port} is free"
     except OSError as error:
-        if is_running(settings):
-            return "ok", f"claude_max_proxy serves on port {settings.port} already"
-        return "problem", bind_problem(settings, error)
-
-
-def is_running(settings: Settings) -> bool:
-    """Whether it is this server that has the port."""
-    address = settings.host, settings.port
+        problem = bind_problem(settings, error)
+    client = http.client.HTTPConnection(settings.host, settings.port, PROBE_SECONDS)
     with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
-        connection = http.client.HTTPConnection(*address, timeout=PROBE_SECONDS)
-        with contextlib.closing(connection):
-            key = {"X-Api-Key": settings.api_key}
-            connection.request("GET", "/health", headers=key)
-            return "spares" in json.load(connection.getresponse())
-    return False
+        client.request("GET", "/health", headers={"X-Api-Key": settings.api_key})
+        if "spares" in json.load(client.getresponse()):
+            return "ok", f"claude_max_proxy serves on port {settings.port} already"
+    return "problem", problem
 
 
 def run_checks(settings: Settings) -> int:
@@ -3256,19 +3036,23 @@ def announce(server: Server) -> None:
     body = '{"model":"sonnet","messages":[{"role":"user","content":"Hello!"}]}'
     lines = [f"claude_max_proxy {__version__} serves {url}"]
     lines += [text if kind == "ok" else f"{kind}: {text}" for kind, text in found]
-    lines.append("models: " + ", ".join(KNOWN_MODELS))
-    lines.append(f"try: curl {url}/chat/completions{key} -d '{body}'")
+    lines += ["models: " + ", ".join(KNOWN_MODELS)]
+    lines += [f"try: curl {url}/chat/completions{key} -d '{body}'"]
     with contextlib.suppress(OSError):
         print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 def main() -> int:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # it was closed: no log
-    check_python()
+    if sys.version_info < (3, 9):  # 3.7 can read this file, but not run it
+        sys.exit(f"claude_max_proxy: Python 3.9 is needed, not {sys.version[:6]}.")
     settings, check_only = parse_arguments(sys.argv[1:])
     if check_only:
         return run_checks(settings)
-    raise_file_limit()
+    with contextlib.suppress(ValueError, OSError):  # macOS gives 256 descriptors
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = 8192 if hard == resource.RLIM_INFINITY else min(8192, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
     try:
         server = Server(settings)
     except OSError as error:
