@@ -145,8 +145,7 @@ def failure(words: List[Any], text: str, wait: float, now: float) -> APIError:
     """The APIError for a failure that the CLI reports. Of `words` the first one that is
     in FAILURES counts; without any it is a 502. `wait`: seconds until a limit ends (0:
     unknown)."""
-    known = [FAILURES[word] for word in words if word in FAILURES]
-    status, code = (known or [FAILURES[500]])[0]
+    status, code = next((FAILURES[w] for w in words if w in FAILURES), FAILURES[500])
     text = CURES.get(code) or text or "The Claude API answered with an error."
     error = APIError(status, text, code, "model" if status == 404 else None)
     if status == 429 and wait > 0:
@@ -210,7 +209,7 @@ OPTIONS = {
     "claude": Option("", "path of the Claude Code CLI, if it is not found"),
     "max_concurrency": Option(8, "CLI processes at once", number(int, 1, 1000)),
     "spares": Option(2, "processes started ahead, 155 MB each", number(int, 0, 100)),
-    "timeout": Option(600.0, "seconds of silence before a 504", number(float, 1, 1e6)),
+    "timeout": Option(600.0, "seconds of silence before a 504", number(float, .1, 1e6)),
     "verbose": Option(False, "also log what a failed CLI wrote to stderr", bool),
 }
 DEFAULTS = [row.default for row in OPTIONS.values()]
@@ -236,8 +235,8 @@ def parse_arguments(argv: List[str]) -> Tuple[Settings, bool]:
     parser = Parser(
         prog="claude_max_proxy.py",
         description="OpenAI-compatible server for your Claude subscription.",
-        epilog=f"Each option can also be set as {ENVIRONMENT}NAME. Set "
-        f"{ENVIRONMENT}API_KEY rather than --api-key: `ps` shows flags to everyone.",
+        epilog=f"Each option can be set as {ENVIRONMENT}NAME, too: API_KEY better be, "
+        "for `ps` shows flags to everyone.",
     )
     parser.add_argument("--version", action="version", version=own_version())
     parser.add_argument("--check", action="store_true", help="say what works, and exit")
@@ -260,11 +259,9 @@ def parse_arguments(argv: List[str]) -> Tuple[Settings, bool]:
 
 def is_loopback(host: str) -> bool:
     """Whether a host name or address can only mean this machine (RFC 6761, 6.3)."""
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
-    return False
+    return host == "localhost" or host.endswith(".localhost")
 
 
 # ── Request ────────────────────────────────────────────────────────────────────────
@@ -284,7 +281,7 @@ EFFORTS = {None: "", "": "", "none": "", "minimal": "low"}
 EFFORTS.update((word, word) for word in ("low", "medium", "high", "xhigh", "max"))
 
 HONOURED, IGNORED, REFUSED = "honoured", "ignored", "refused"
-HARMLESS = (False, 0, [], ["text"], "none")  # values of a refused parameter
+HARMLESS = (False, 0, [], ["text"])  # values of a refused parameter that want nothing
 
 
 class Row(NamedTuple):
@@ -360,8 +357,7 @@ TOOL_TYPES = table(  # of /v1/responses; all others are refused
 ITEM_TYPES = table(  # of /v1/responses; all others are refused
     ("message", HONOURED, "turn for turn, in their native roles"),
     ("function_call custom_tool_call", HONOURED, "a call in the assistant's turn"),
-    ("function_call_output", HONOURED, "its result: text, images, files"),
-    ("custom_tool_call_output", HONOURED, "its result: text, images, files"),
+    ("function_call_output custom_tool_call_output", HONOURED, "text, images, files"),
     ("item_reference", HONOURED, "if one of the last answers held the item"),
     ("reasoning", IGNORED, "signed thinking is kept here, by the id of the call"),
 )
@@ -480,7 +476,7 @@ class Field:
             yield Field(value, f"{self.path}[{i}]")
 
     def want(self, *kinds: type) -> Any:
-        """The value. Raises APIError 400 if it has none of these types."""
+        """The value, checked. Raises APIError 400 if it has none of these types."""
         if type(self.value) in kinds:
             return self.value
         wanted, got = " or ".join(map(KINDS.get, kinds)), KINDS[type(self.value)]
@@ -612,8 +608,7 @@ def cli_model(name: str) -> str:
     model = MODELS.get(short, short)
     if model in MODELS.values() or MODEL_ID.fullmatch(model):
         return model
-    known = ", ".join(KNOWN_MODELS)
-    message = f"There is no model '{name[:100]}': use {known} or a full Claude id."
+    message = f"No model '{name[:100]}': use {', '.join(KNOWN_MODELS)} or a full id."
     raise APIError(404, message, "model_not_found", "model")
 
 
@@ -636,12 +631,11 @@ def format_schema(form: Field) -> Optional[Schema]:
     if form.value is None:
         return None
     kind = type_of(form, ("text", "json_object", "json_schema"))
-    if kind == "json_object":
-        return {"additionalProperties": True}, False
-    holder = form if form.path == "text.format" else form["json_schema"]
     if kind == "json_schema":
+        holder = form if form.path == "text.format" else form["json_schema"]
         holder["schema"].want(dict)
-    return object_schema(holder["schema"]) if kind == "json_schema" else None
+        return object_schema(holder["schema"])
+    return ({"additionalProperties": True}, False) if kind == "json_object" else None
 
 
 # Tools. The Messages API is strict where clients are not. The CLI drops *all* tools of
@@ -657,7 +651,8 @@ RESERVED = {STRUCTURED_OUTPUT, "ToolSearch", "ExitPlanMode", "Edit"}
 API_NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
 API_PROPERTY = re.compile(r"[a-zA-Z0-9_.-]{1,64}")  # at the top of a schema
 # The property that holds the whole input of a tool whose own schema can't stand at the
-# top, or is a text. It is put around the inputs in the history, and is taken off again.
+# top, or is a text. It is put around the inputs in the history, and taken off a call
+# where the model has put it.
 WRAPPED = "input"
 
 Schema = Tuple[Json, bool]  # a JSON schema, and whether it is that of a wrapped input
@@ -675,7 +670,7 @@ def response_functions(tools: Field) -> Tuple[List[Field], Dict[str, Json]]:
     """The tools of /v1/responses -> functions, and Ask.origins."""
     functions, origins = [], {}
     for tool in tools:
-        kind, name = type_of(tool, TOOL_TYPES), tool["name"].may(str) or ""
+        kind, name = type_of(tool, TOOL_TYPES), tool["name"].may(str)
         if kind == "function":
             functions.append(tool)
         elif kind == "custom":
@@ -684,10 +679,10 @@ def response_functions(tools: Field) -> Tuple[List[Field], Dict[str, Json]]:
             functions.append(Field({**tool.value, "parameters": schema}, tool.path))
             origins[name] = {"type": "custom_tool_call", "name": name}
         for inner in tool["tools"] if kind == "namespace" else ():
-            own = inner["name"].want(str)
-            whole = f"{name}__{own}"
-            functions.append(Field({**inner.value, "name": whole}, inner.path))
-            origins[whole] = {"name": own, "namespace": name}
+            own, space = inner["name"].want(str), tool["name"].want(str)
+            whole = {**inner.value, "name": f"{space}__{own}", "type": "function"}
+            functions.append(Field(whole, inner.path))
+            origins[whole["name"]] = {"name": own, "namespace": space}
     return functions, origins
 
 
@@ -737,6 +732,9 @@ def object_schema(field: Field) -> Schema:
     if all(map(API_PROPERTY.fullmatch, names)) and not schema.keys() & {*COMBINATORS}:
         return schema, False
     outer = {k: schema.pop(k) for k in ("$defs", "definitions") if k in schema}
+    here, there = r'"\$ref": "#(?!/\$defs/|/definitions/)', '"$ref": "#/properties/'
+    moved = re.sub(here, there + WRAPPED, json.dumps([schema, outer]))
+    schema, outer = json.loads(moved)
     outer.update(type="object", properties={WRAPPED: schema}, required=[WRAPPED])
     return outer, True
 
@@ -755,9 +753,6 @@ def modern(field: Field) -> Json:
     for name in field["required"]:
         name.want(str)
     schema = dict(field.want(dict))
-    for end in ("Minimum", "Maximum"):
-        if schema.get(f"exclusive{end}") is True:  # draft 4
-            schema[f"exclusive{end}"] = schema.pop(end.lower(), None)
     if type(schema.get("items")) is list:  # draft 7
         new = {"items": "prefixItems", "additionalItems": "items"}
         schema = {new.get(key, key): value for key, value in schema.items()}
@@ -781,13 +776,13 @@ def mended(key: str, value: Any) -> Any:
         return None  # "any", "file": no JSON type
     if key in ("type", "required") and type(value) is list:
         return list(dict.fromkeys(value))  # each once
-    if NUMERIC.fullmatch(key):
-        value = int(value) if type(value) is str and value.isdecimal() else value
-        return value if type(value) in (int, float) else None  # "0" for 0
+    if NUMERIC.fullmatch(key) and type(value) not in (int, float):
+        return None
+    if key == "additionalProperties" and type(value) not in (bool, dict):
+        return None
     if key == "$id" or (value == [] and key in IN_ARRAY | ALONE):
         return None  # nothing refers to an $id, and the CLI refuses "#x"
-    booleans = {"true": True, "false": False} if key == "additionalProperties" else {}
-    return booleans.get(value, value) if type(value) is str else value
+    return value
 
 
 def parse_choice(body: Field, names: Names) -> Json:
@@ -912,7 +907,8 @@ class Transcript:
         return sorted({b["name"] for b in blocks if b["type"] == "tool_use"})
 
     def recall(self, memory: Memory, model: str, wrapped: Set[str]) -> None:
-        """Put back what the client does not know: signed thinking, and WRAPPED."""
+        """Put back what the client does not know: signed thinking, and WRAPPED. In a
+        turn, calls stand last."""
         for turn in self.turns:
             turn["content"].sort(key=lambda block: block["type"] == "tool_use")
             uses = [block for block in turn["content"] if block["type"] == "tool_use"]
@@ -939,8 +935,7 @@ def add_item(script: Transcript, item: Field, memory: Memory) -> None:
         id = item["id"].want(str)
         text = memory.get(id)
         if type(text) is not str and not id.startswith("rs_"):
-            message = f"Item with id '{id[:100]}' not found: this server stores only "
-            message += "the last answers. Set `store: false`, or send the items."
+            message = f"Item '{id[:100]}' not found: set `store: false`, or send it."
             raise APIError(404, message, "item_not_found", item["id"].path)
         script.add("assistant", [text_block(text)] if text else [])
     elif kind.endswith("_output"):
@@ -978,8 +973,8 @@ def is_unsigned(turns: List[Json]) -> bool:
 
 
 def call_input(call: Field) -> Json:
-    """The `arguments` of a call, as the API wants them: an object. Anything else, such
-    as what a model said that was cut short, is kept as text."""
+    """The `arguments` of a call, as the API wants them: an object. Any other text, such
+    as what a model said that was cut short, becomes {"arguments": text}."""
     text = call["arguments"].may(str) or "{}"
     with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(text)
@@ -991,8 +986,8 @@ def call_input(call: Field) -> Json:
 # The kinds of content, in chat completions and in /v1/responses.
 TEXT = ("text", "input_text", "output_text")
 MEDIA = (*TEXT, "image_url", "input_image", "file", "input_file")
-IMAGES = ("image/png", "image/jpeg", "image/gif", "image/webp")
-FILES = ("application/pdf", "application/json", "text/")
+IMAGES = re.compile("image/(png|jpeg|gif|webp)")
+FILES = re.compile("application/(pdf|json)|text/.*")
 
 
 def parse_parts(content: Field, kinds: Tuple[str, ...]) -> List[Json]:
@@ -1032,15 +1027,15 @@ def file_part(holder: Field) -> Json:
     return {"type": "document", "source": source, **({"title": title} if title else {})}
 
 
-def data_source(field: Field, url: str, kinds: Tuple[str, ...]) -> Json:
+def data_source(field: Field, url: str, kinds: re.Pattern) -> Json:
     """data:TYPE;base64,DATA (RFC 2397) -> the source of a block, of one of `kinds`."""
     head, _, data = url.partition(",")
     kind = head[len("data:") :].split(";")[0].lower().replace("image/jpg", "image/jpeg")
     data = re.sub(r"\s+", "", data)
     if not head.startswith("data:") or not head.endswith(";base64"):
         raise field.error("must be an http(s) or a base64 data: URL.")
-    if not kind.startswith(kinds):
-        problem = f"holds {kind[:50]}, which is none of {', '.join(kinds)}."
+    if not kinds.fullmatch(kind):
+        problem = f"holds {kind[:50]}, not {kinds.pattern}."
         raise field.error(problem, "unsupported_media_type")
     with contextlib.suppress(ValueError):
         if base64.b64decode(data, validate=True):
@@ -1435,8 +1430,8 @@ class Claude:
 
     def readiness(self) -> Tuple[int, bool, float]:
         """A sort key: the longest conversation, then the oldest process."""
-        has = self.conversation
-        return len(has.turns), has.setup is not None, -self.born
+        _, setup, turns = self.conversation
+        return len(turns), setup is not None, -self.born
 
     def tell(self, wanted: Conversation, query: Iterable[str] = ()) -> None:
         """Send what is missing of `wanted`, which it fits, then `query`."""
@@ -1782,7 +1777,9 @@ class Keeper:
                     self.dying.remove(claude)
         program = self.installation.current()
         self.drop([c for c in self.spares if c.program != program])
-        while self.wishes and program and self.most:
+        if not (program and self.most):
+            self.wishes.clear()
+        while self.wishes:
             with contextlib.suppress(APIError, RecursionError):
                 self.prepare(*self.wishes.popleft(), program)
         self.replace_old()
@@ -1983,7 +1980,8 @@ class Answer:
         wrapped = block.get("name") in self.ask.wrapped
         if block["type"] == "tool_use" and (wrapped or not text):  # not said in pieces
             value = call_input(Field({"arguments": text})) if text else block["input"]
-            value = value.get(WRAPPED, value) if wrapped else value
+            if wrapped:  # not if it was cut, or the model did not do so
+                value = value[WRAPPED] if value.keys() == {WRAPPED} else text or value
             if type(value) is not str:  # as a custom tool's is
                 value = json.dumps(value, ensure_ascii=False)
             yield from self.say(value)
@@ -2066,13 +2064,13 @@ class Answer:
     def say(self, text: str) -> Deltas:
         """The delta for what is new of a text of the open block."""
         channel = self.channel
+        if channel is None or self.finish_reason:  # the answer was cut at a stop string
+            return
         if channel in self.repeated:
             text = self.skip_repeated(channel, text)
-        if channel is not None:
-            self.sent[channel].append(text)
-        if channel == "content":
-            text = self.hold_back(text)
-        if text and channel is not None:
+        self.sent[channel].append(text)
+        text = self.hold_back(text) if channel == "content" else text
+        if text:
             yield Delta(self.index, channel, text)
 
     def skip_repeated(self, channel: Any, text: str) -> str:
@@ -2107,9 +2105,8 @@ class Answer:
         missing = self.repeated.keys() - {"reasoning_content"}
         if missing or self.call_count < len(self.calls):
             raise interrupted()
-        self.finish_reason = FINISH_REASONS.get(reason, "stop")
-        if not self.calls and reason == "tool_use":  # it was STRUCTURED_OUTPUT
-            self.finish_reason = "stop"
+        ours = reason == "tool_use" and not self.calls  # it was STRUCTURED_OUTPUT
+        self.finish_reason = "stop" if ours else FINISH_REASONS.get(reason, "stop")
         self.calm = reason in CALM_STOPS and bool(self.text("content"))
         yield Delta(self.index, "content", self.held)
 
@@ -2227,6 +2224,10 @@ class Reply:
         choices = [dict(zip(keys, row)) for row in rows]
         head = {"id": self.id, "object": "chat.completion", "created": self.created}
         return {**head, "model": self.model, "choices": choices, "usage": self.usage()}
+
+    def add_to(self, script: Transcript) -> None:
+        """Add the answer as a client sends it back."""
+        script.add_message(Field(self.answers[0].message()))
 
     def notes(self) -> Json:
         """What the log says of it."""
@@ -2375,6 +2376,10 @@ class ResponseReply(Reply):
         self.emit("response.failed", response=self.completion())
         return self.flush()
 
+    def add_to(self, script: Transcript) -> None:
+        for item in self.output:
+            add_item(script, Field(item), {})
+
     def completion(self) -> Json:
         """The response as it is now."""
         reason = self.answers[0].finish_reason
@@ -2417,8 +2422,8 @@ class Gate:
 
         with self.changed:
             if len(self.queue) >= MAX_WAITING:
-                message = "Too many requests are waiting for this server."
-                raise APIError(429, message, "queue_full", None, {"Retry-After": "5"})
+                wait = {"Retry-After": "5"}
+                raise APIError(429, "Too many requests wait.", "queue_full", None, wait)
             self.queue.append(ticket)
         try:
             while True:
@@ -2446,7 +2451,7 @@ STOPPING = "The server is stopping."
 class Backend:
     """What all requests share: the gate, the processes, and what past answers taught.
 
-    `memory` and `rate_limit` are read and written whole, which needs no lock.
+    Each use of `memory` and `rate_limit` is one operation, which needs no lock.
     """
 
     def __init__(self, settings: Settings):
@@ -2462,7 +2467,7 @@ class Backend:
     def deltas(self, reply: Reply, client: TimedReader) -> Iterator[Optional[Delta]]:
         """The deltas of one response, until its processes have ended. None means that
         there is no more for now. Raises APIError, Disconnected."""
-        ask, begun = reply.ask, time.monotonic()
+        ask, begun, expecting = reply.ask, time.monotonic(), False
         yield from self.gate.enter(ask.n, client)
         answers: Dict[Claude, Answer] = {}
         try:
@@ -2481,9 +2486,11 @@ class Backend:
                     deltas = answer.feed(line)
                     if answer.finish_reason:
                         claude.stop(signal.SIGTERM if answer.calm else signal.SIGKILL)
-                    if reply.first is None and (answer.sent or answer.calls):
-                        reply.first = time.monotonic() - begun
+                    if deltas and not expecting:
+                        expecting = True
                         self.keeper.expect(ask, ask.turns if ask.goes_on else [])
+                    if reply.first is None and (answer.pieces or answer.sent):
+                        reply.first = time.monotonic() - begun
                     yield from deltas
             if not reply.is_complete:
                 raise APIError(503, STOPPING, "stopping")
@@ -2520,7 +2527,8 @@ class Backend:
             self.keeper.drop(self.keeper.spares)  # they know the old login
         for claude in claudes if self.settings.verbose else ():
             with contextlib.suppress(OSError), open(claude.stderr, "rb") as file:
-                log("claude: " + file.read()[-2000:].decode("utf-8", "replace"))
+                file.seek(max(0, os.path.getsize(claude.stderr) - 2000))
+                log("claude: " + file.read().decode("utf-8", "replace"))
 
     def note_limit(self, info: Json) -> None:
         """Keep what the CLI says of the plan's limit, for /health. Log it if it is new
@@ -2535,19 +2543,19 @@ class Backend:
         ask, script = reply.ask, Transcript()
         if reply.is_complete and ask.goes_on:
             with contextlib.suppress(APIError):  # two calls of one id
-                script.add_message(Field(reply.answers[0].message()))
+                reply.add_to(script)
                 script.recall(self.memory, ask.model, ask.wrapped)
-                # (The script put BEGIN before the answer.)
+                # The script put BEGIN before the answer, if that said anything.
                 self.keeper.expect(ask, ask.turns + script.turns[1:])
 
     def health(self) -> Tuple[int, Json]:
         """-> (status, body) of /health."""
         program, problem = self.installation.look()
+        path, version, _ = program or (None, (), ())
+        login = self.installation.login if program else None
+        claude = {"path": path, "version": dotted(version) or None, "logged_in": login}
         body = {"status": "error" if problem else "ok", "version": __version__}
-        body.update({"message": problem} if problem else {}, claude=None)
-        if program:
-            claude = {"path": program.path, "version": dotted(program.version)}
-            body["claude"] = {**claude, "logged_in": self.installation.login}
+        body.update({"message": problem} if problem else {}, claude=claude)
         body.update(active=self.gate.active, waiting=len(self.gate.queue))
         body.update(spares=len(self.keeper.spares), rate_limit=self.rate_limit)
         body.update(uptime=round(time.monotonic() - self.started))
@@ -2608,17 +2616,15 @@ class Server(http.server.ThreadingHTTPServer):
 
     def drain(self) -> None:
         """Give running answers a moment, then end every process. A client that does
-        not read is not waited for."""
+        not read is waited for no longer."""
         self.server_close()
         keeper = self.backend.keeper
         keeper.most = 0
         keeper.drop(keeper.spares)
-        kill = signal.SIGKILL, TERM_SECONDS
-        waits = (0, DRAIN_SECONDS), (signal.SIGTERM, TERM_SECONDS), kill
-        for how, seconds in waits:
+        for how in (None, signal.SIGTERM, signal.SIGKILL):
             if how:
                 keeper.stop_all(how)
-            end = time.monotonic() + seconds
+            end = time.monotonic() + (TERM_SECONDS if how else DRAIN_SECONDS)
             while (self.busy or keeper.dying) and time.monotonic() < end:
                 keeper.tick()
                 time.sleep(0.002)
@@ -2659,14 +2665,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return False
         if not super().parse_request():
             return False
-        if self.request_version == "HTTP/1.0":
-            self.close_connection = True  # its keep-alive is not offered
+        words = re.split(r"[\s,]+", self.headers.get("Connection", "").lower())
+        if "close" in words or self.request_version == "HTTP/1.0":
+            self.close_connection = True  # keep-alive is not offered to the old version
         absolute = re.match("(?i)https?://([^/?]*)(.*)", self.path)
-        if absolute:  # it counts instead of Host (3.2.2)
-            del self.headers["Host"]
-            self.headers["Host"], self.path = absolute.groups()
-        size = self.headers.get("Content-Length", "0")
-        has_body = size != "0" or "Transfer-Encoding" in self.headers
+        if absolute and len(self.headers.get_all("Host", ())) == 1:  # it counts (3.2.2)
+            self.headers.replace_header("Host", absolute[1])
+        self.path = absolute[2] if absolute else self.path
+        sizes = self.headers.get_all("Content-Length", ["0"])
+        has_body = sizes != ["0"] or "Transfer-Encoding" in self.headers
         self.body_unread = has_body or self.is_malformed()
         return True
 
@@ -2743,20 +2750,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def route(self) -> None:
         path = urllib.parse.unquote(self.path.split("?")[0]).rstrip("/")
         path = path[len("/v1") :] if path.startswith("/v1/") else path
-        path, _, model = path.partition("/models/")
+        model = re.fullmatch("/models/(.+)", path)
         methods, handler = self.ROUTES.get("/models/" if model else path, ("", None))
         if not handler:
             message = f"There is no {self.path[:100]} here. Try /v1/chat/completions."
             raise APIError(404, message, "unknown_url")
         if "websocket" in self.headers.get("Upgrade", "").lower():
-            upgrade = {"Upgrade": "HTTP/1.1"}  # Codex uses POST then
-            raise APIError(426, "Use POST, not a WebSocket.", headers=upgrade)
+            headers = {"Upgrade": "HTTP/1.1"}  # Codex uses POST then
+            raise APIError(426, "Use POST, not a WebSocket.", headers=headers)
         if self.command not in methods.split(", "):
-            message = f"{self.command} is not allowed here; {methods} is."
-            raise APIError(405, message, headers={"Allow": methods})
+            raise APIError(405, f"Use {methods} here.", headers={"Allow": methods})
         if self.command == "OPTIONS":
             return self.preflight()
-        handler(self, *([model] if model else []))
+        handler(self, *(model.groups() if model else ()))
 
     def preflight(self) -> None:
         """CORS (Fetch standard, 3.3): what a browser asks before the request."""
@@ -2770,12 +2776,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_json(*self.backend.health())
 
     def get_models(self) -> None:
-        data = list(map(model_object, KNOWN_MODELS))
-        self.send_json(200, {"object": "list", "data": data})
+        self.send_json(200, {"object": "list", "data": [*map(model_of, KNOWN_MODELS)]})
 
     def get_model(self, model: str) -> None:
         cli_model(model)
-        self.send_json(200, model_object(model))
+        self.send_json(200, model_of(model))
 
     def post_chat(self) -> None:
         self.respond(Reply, parse_chat(self.read_json(), self.backend.memory))
@@ -2956,16 +2961,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_answer(self, seconds: float) -> None:
         """Time, status, method, path; then what is known, as name=value."""
         path = printable(getattr(self, "path", "?").split("?")[0])[:80]
-        notes = self.reply.notes() if self.reply else {}
         words = [str(self.status), self.command or "?", path]
-        words += [f"{name}={value}" for name, value in notes.items()]
+        for name, value in self.reply.notes().items() if self.reply else ():
+            words.append(f"{name}={value}")
         log(" ".join([*words, f"total={seconds:.3f}"]))
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: log_answer() writes one line for each request."""
 
 
-def model_object(name: str) -> Json:
+def model_of(name: str) -> Json:
     return {"id": name, "object": "model", "created": 0, "owned_by": "anthropic"}
 
 
@@ -2974,8 +2979,7 @@ def forbidden(message: str) -> APIError:
 
 
 def too_large() -> APIError:
-    message = f"The request body is larger than {MAX_BODY >> 20} MiB."
-    return APIError(413, message, "request_too_large")
+    return APIError(413, f"The body exceeds {MAX_BODY >> 20} MiB.", "request_too_large")
 
 
 # ── Main ───────────────────────────────────────────────────────────────────────────
@@ -2998,7 +3002,7 @@ def findings(installation: Installation) -> Iterator[Tuple[str, str]]:
 
 def bind_problem(settings: Settings, error: OSError) -> str:
     where = f"{settings.host}:{settings.port} ({error.strerror or error})"
-    return f"can't listen on {where}: stop what listens there, or choose another --port"
+    return f"can't listen on {where}: choose another --port, or stop what listens there"
 
 
 def check_port(settings: Settings) -> Tuple[str, str]:

@@ -1291,6 +1291,7 @@ def test_paths_of_chat(server, path):
 
 
 def test_not_found_and_not_allowed(server):
+    assert server.request("GET", "/foo/models/opus").status == 404
     reply = server.request("GET", "/v1/embeddings")
     assert reply.status == 404 and "/v1/embeddings" in reply.error["message"]
     reply = server.request("GET", "/v1/chat/completions")
@@ -2219,13 +2220,13 @@ def test_what_can_not_stand_at_the_top_is_wrapped(odd):
 
 @pytest.mark.parametrize("old, new", [
     ({"items": [{"type": "any"}, True]}, {"prefixItems": [{}, {}]}),
-    ({"minimum": 0, "exclusiveMinimum": True}, {"exclusiveMinimum": 0}),
+    ({"minimum": 0, "exclusiveMinimum": True}, {"minimum": 0}),
     ({"maximum": 0, "exclusiveMaximum": False}, {"maximum": 0}),
     ({"type": "file", "$id": "#x"}, {}),
     ({"required": ["a", "a"], "type": ["null", "null"]}, {"required": ["a"], "type": ["null"]}),
     ({"items": [], "anyOf": []}, {}),
-    ({"minimum": "0", "maxLength": "x"}, {"minimum": 0}),
-    ({"additionalProperties": "false"}, {"additionalProperties": False}),
+    ({"minimum": "0", "maxLength": "9" * 5000}, {}),
+    ({"additionalProperties": "false"}, {}),
     ({"type": ["string", "null"]}, {"type": ["string", "null"]}),
     ({"items": {"properties": {"a": True}}}, {"items": {"properties": {"a": {}}}}),
     ({"allOf": [{"type": "string"}]}, {"allOf": [{"type": "string"}]}),
@@ -2317,13 +2318,23 @@ BARE = BARE.replace("a b", r"a\u0020b")  # a mock: word has no space
 
 
 @pytest.mark.parametrize("model_says, arguments", [
-    ('{"input":%s}' % BARE, json.loads(BARE)),
-    (BARE, json.loads(BARE)),  # not as it was asked to
-    ('{"input":{"$fil', {"arguments": '{"input":{"$fil'}),  # cut
+    ('{"input":%s}' % BARE, json.dumps(json.loads(BARE), ensure_ascii=False)),
+    (BARE, BARE),  # not as it was asked to
+    ('{"input":1,"mode":2}', '{"input":1,"mode":2}'),
+    ('{"input":{"$fil', '{"input":{"$fil'),  # cut
 ])  # fmt: skip
 def test_a_wrapped_input_comes_back_bare(model_says, arguments):
     reply = answered(f"mock:tool=look mock:input={model_says}", tools=[tool("look", parameters=ODD)])
-    assert json.loads(reply.calls[0][1]["arguments"]) == arguments
+    assert reply.calls[0][1]["arguments"] == arguments
+
+
+def test_references_move_with_a_wrapped_schema():
+    refs = {"a": {"$ref": "#"}, "b": {"$ref": "#/properties/a"}, "c": {"$ref": "#/$defs/x"}}
+    schema = fixed({"anyOf": [{}], "properties": refs, "$defs": {"x": {"$ref": "#"}}})[0]
+    inner = schema["properties"]["input"]
+    moved = [inner["properties"][name]["$ref"] for name in "abc"]
+    assert moved == ["#/properties/input", "#/properties/input/properties/a", "#/$defs/x"]
+    assert schema["$defs"]["x"]["$ref"] == "#/properties/input"
 
 
 def test_a_wrapped_input_in_the_history():
@@ -2523,6 +2534,7 @@ def test_media(part, block):
     (image(data_url("image/png", "?!")), ".image_url.url"),
     (image(data_url("image/png", "")), ".image_url.url"),
     (image(data_url("image/tiff")), ".image_url.url"),
+    (image(data_url("image/jpeg2000")), ".image_url.url"),
     ({"type": "file", "file": {"file_id": "file-1"}}, ".file"),
     (file(data_url("application/zip")), ".file.file_data"),
     (file("%%%"), ".file.file_data"),
@@ -3331,6 +3343,19 @@ def test_both_endpoints_share_a_primed_spare(sparing):
     assert max(len(c.conversation.turns) for c in sparing.keeper.spares) >= 5
 
 
+def test_a_spare_knows_a_custom_call(sparing):
+    body = {"tools": [CUSTOM, NAMESPACE], "input": [user('mock:tool=patch,mcp__w__look mock:input={"input":"*"}')]}
+    output = sparing.respond(**body).json["output"]
+    assert [(i["name"], i.get("input")) for i in output[1:]] == [("patch", "*"), ("look", None)]
+    body["input"] += output
+    for call, text in zip(output[1:], ("done", "mock:show")):
+        body["input"].append(output_item(call["call_id"], text, call["type"] + "_output"))
+    before = pids_of(sparing)
+    shown = sparing.respond(**body).json["output"][0]["content"][0]["text"]
+    uses = [b for b in json.loads(shown)["turns"][1]["content"] if b["type"] == "tool_use"]
+    assert before - pids_of(sparing) and [use["input"] for use in uses] == [{"input": "*"}] * 2
+
+
 def test_two_agents_by_turns_find_their_own_spares(sparing):
     loops = [[user(x), assistant("x"), user("y")] for x in "ab"]
     for step in range(3):
@@ -3478,6 +3503,10 @@ def test_content_type_matters_in_browsers_alone(server):
     (POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: x\r\n\r\n", 400),
     (POST + b"Transfer-Encoding:\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
     (b"nonsense\r\n\r\n", 400),
+    (b"GET http://localhost/health HTTP/1.1\r\nConnection: close\r\n\r\n", 400),
+    (b"GET http://localhost/health HTTP/1.1\r\nHost: a\r\nHost: b\r\nConnection: close\r\n\r\n", 400),
+    (b"GET /nothing HTTP/1.1\r\nHost: localhost\r\nConnection: close, TE\r\n\r\n", 404),
+    (b"GET /nothing HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nContent-Length: 5\r\n\r\nGET /", 404),
 ])  # fmt: skip
 def test_malformed_requests(server, request_, status):
     with server.connect() as connection:
@@ -3500,7 +3529,7 @@ def test_chunked_bodies_and_pipelining(server):
     assert reply.count(b"HTTP/1.1 200 OK") == 2 and b"You said: x" in reply
 
 
-def test_empty_printedbefore_a_request_are_skipped(server):
+def test_empty_lines_before_a_request_are_skipped(server):
     assert server.raw(b"\r\n\n" + LAST).startswith(b"HTTP/1.1 200 OK")
 
 
