@@ -302,7 +302,6 @@ def table(*rows: Any) -> Dict[str, Row]:
 STRING, INTEGER, NUMBER, BOOLEAN = (str,), (int,), (int, float), (bool,)
 ARRAY, OBJECT = (list,), (dict,)
 NO_KNOB, NO_STORE = "Claude Code has no such knob", "nothing is stored"
-NO_RESPONSE = "previous_response_not_found"
 PARAMETERS = table(
     ("model", HONOURED, "see Models", STRING),
     ("messages", HONOURED, "turn for turn, in their native roles", ARRAY),
@@ -343,7 +342,7 @@ RESPONSE_PARAMETERS = table(
     ("prompt_cache_key safety_identifier", IGNORED, NO_KNOB, STRING),
     ("service_tier truncation", IGNORED, NO_KNOB, STRING),
     ("stream_options", IGNORED, "usage is always sent", OBJECT),
-    ("previous_response_id", REFUSED, NO_STORE, STRING, NO_RESPONSE),
+    ("previous_response_id", REFUSED, NO_STORE, STRING, "previous_response_not_found"),
     ("conversation prompt", REFUSED, NO_STORE, (str, dict)),
     ("background", REFUSED, NO_STORE, BOOLEAN),
 )
@@ -527,9 +526,9 @@ def parse_parameters(raw: Any, rows: Dict[str, Row], needed: str) -> Field:
         raise APIError(400, "The request body must be a JSON object.")
     body = Field(raw)
     for name in raw.keys() & rows.keys():
-        row, value = rows[name], body[name].may(*rows[name].kinds)
-        if row.use == REFUSED and value not in (None, *HARMLESS):
-            raise body[name].error(f"is not supported: {row.why}.", row.code)
+        row, field = rows[name], body[name]
+        if field.may(*row.kinds) not in (None, *HARMLESS) and row.use == REFUSED:
+            raise field.error(f"is not supported: {row.why}.", row.code)
     cli_model(body["model"].want(str))
     if not raw.get(needed):
         raise body[needed].error("is missing, or empty.")
@@ -567,9 +566,9 @@ def make_ask(
     model = cli_model(body["model"].value)
     tools, names, wrapped = parse_tools(functions)
     choice = parse_choice(body, names)
-    if not tools and script.called():  # the API wants every called tool defined
-        tools = [mcp_tool(name, "", {}) for name in script.called()]
-        choice = {"type": "none"}
+    called = [] if tools else script.called()
+    if called:  # the API wants every called tool defined
+        tools, choice = [mcp_tool(name, "", {}) for name in called], {"type": "none"}
     if schema is not None and choice.get("type") not in ("any", "tool"):
         tools.append(mcp_tool(STRUCTURED_OUTPUT, STRUCTURED_TEXT, schema[0]))
         wrapped.update({STRUCTURED_OUTPUT} if schema[1] else ())
@@ -675,8 +674,7 @@ def response_functions(tools: Field) -> Tuple[List[Field], Dict[str, Json]]:
             functions.append(tool)
         elif kind == "custom":
             text = {"type": "string", "description": json.dumps(tool["format"].value)}
-            schema = {"properties": {WRAPPED: text}, "required": [WRAPPED]}
-            functions.append(Field({**tool.value, "parameters": schema}, tool.path))
+            functions.append(Field({**tool.value, "parameters": wrap(text)}, tool.path))
             origins[name] = {"type": "custom_tool_call", "name": name}
         for inner in tool["tools"] if kind == "namespace" else ():
             own, space = inner["name"].want(str), tool["name"].want(str)
@@ -735,8 +733,11 @@ def object_schema(field: Field) -> Schema:
     here, there = r'"\$ref": "#(?!/\$defs/|/definitions/)', '"$ref": "#/properties/'
     moved = re.sub(here, there + WRAPPED, json.dumps([schema, outer]))
     schema, outer = json.loads(moved)
-    outer.update(type="object", properties={WRAPPED: schema}, required=[WRAPPED])
-    return outer, True
+    return {**outer, **wrap(schema)}, True
+
+
+def wrap(schema: Json) -> Json:
+    return {"type": "object", "properties": {WRAPPED: schema}, "required": [WRAPPED]}
 
 
 # The keywords of a schema that hold schemas: by name, in an array, and alone.
@@ -1281,8 +1282,9 @@ def find_claude(chosen: str) -> str:
     """The CLI's path. Raises APIError 503 that says what to do."""
     if chosen:
         path = os.path.expanduser(chosen)
-        if shutil.which(path):
-            return os.path.abspath(shutil.which(path))
+        program = shutil.which(path)
+        if program:
+            return os.path.abspath(program)
         problem = "needs chmod +x" if os.path.isfile(path) else "is no file"
         raise APIError(503, f"The program given with --claude {problem}.", "no_cli")
     places = [os.path.expanduser(place) + "/claude" for place in PLACES]
