@@ -9,368 +9,1212 @@ It runs your logged-in Claude Code CLI (`claude -p`), one process for each answe
 speaks OpenAI's chat completions and Responses: streamed or not, tools, images,
 structured output. One file, the standard library only.
 
-The way of a request:
+How a request is handled:
 
-    client ──HTTP──► Handler.serve()      one thread for each connection
-                        │ guard(), read_json()
-                        │ parse_chat() or parse_response() → Ask           (pure)
+    client ──HTTP──► Handler.handle_request()     one thread for each connection
+                        │ check_access(), read_json()
+                        │ parse_chat() or parse_response() → Request
                         ▼
-                     Backend.deltas()     one generator for one response
-                        │ Gate.enter():    waits for a place
-                        │ Keeper.start():  a spare process, or a new one
+                     Generation.events()          one for each request
+                        │ RequestQueue: waits for a free place
+                        │ ProcessPool:  takes a spare process, or starts one
                         │    stdin:  initialize, the earlier turns, the last turn
-                        │    stdout: Messages API events, one JSON line each
-                        │ listen():        one selector, for pipes and client
-                        │ Answer.feed():   CLI line → deltas               (pure)
+                        │    stdout: events of the Messages API, one JSON line each
+                        │ OutputReader: waits for the CLI's pipes and the client
+                        │ AnswerDecoder: CLI line → events, and the Answer
                         ▼
-    client ◄──SSE─── Handler.stream()     one event for each delta, or
-    client ◄──JSON── Reply.completion()   what the deltas add up to; ResponseReply
-                                          writes the same for /v1/responses
+    client ◄──SSE─── Handler.stream()             ChatWriter or ResponseWriter:
+    client ◄──JSON── Handler.answer_request()     events → chunks, or one body
 
-The main thread runs Server.run(): it accepts connections and looks after the spare
-processes. There are no other threads.
+Threads: the main thread runs Server.run(). It accepts connections and manages the
+processes that are not answering: it starts spare ones, sends them what is known
+already, and reaps those that have ended. Each connection has a thread of its own. A
+further one checks the installation once, at the start.
 
 Security: the server listens on loopback. It checks Host, Origin and Sec-Fetch-Site, so
-that no web page can spend your quota. Only a checked model id reaches argv. The CLI
-runs in an empty private directory, without tools, settings, hooks, MCP servers or file
-mentions. Prompts are never logged. A client that leaves ends its CLI, and so does the
-end of the server.
+that pages of other sites cannot spend your plan. Only a checked model id of a request
+reaches the command line. The CLI runs in an empty private directory, without tools,
+settings, hooks, MCP servers or file mentions. Prompts are never logged. When a client
+disconnects, its CLI is stopped; when the server stops, all are.
 
-Sections: Limits · Errors · Settings · Request · Protocol · Installation · Process ·
-Spares · Response · One answer · HTTP · Main
+Sections: Limits · Errors · Settings · JSON values · Tool schemas · Request parsing ·
+CLI protocol · Decoding · Writers · Installation · CLI process · Process pool ·
+Generation · HTTP · Main · Page
 
-MIT licence.
+MIT license, see LICENSE.
 """
-from __future__ import annotations  # SyntaxError? Python 3.9 or newer is needed.
 
-import argparse, base64, binascii, collections, contextlib, glob, hashlib, hmac, io
-import ipaddress, json, math, os, re, resource, selectors, shutil, signal, socket
-import subprocess, sys, tempfile, threading, time, traceback
-import http.client, http.server, urllib.parse
-from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple
+from __future__ import annotations
 
-__version__ = "1.0.0"
+import argparse
+import base64
+import binascii
+import collections
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import glob
+import hashlib
+import hmac
+import http.client
+import http.server
+import io
+import ipaddress
+import json
+import math
+import os
+import re
+import resource
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import urllib.parse
+import zlib
+from collections.abc import Callable, Generator, Iterable, Iterator
+from types import FrameType
+from typing import Any, NamedTuple, Union
 
-Json = Dict[str, Any]
+if sys.version_info < (3, 9):  # noqa: UP036  (an older Python must be told)
+    sys.exit(
+        f"claude_max_proxy: Python 3.9 or newer is required; this is {sys.version}"
+    )
 
-# ── Limits ─────────────────────────────────────────────────────────────────────────
-# Each with its unit and its reason.
+__version__ = "1.1.0"
 
-MAX_BODY = 32 << 20  # bytes; the Messages API refuses larger requests
-MAX_AHEAD = 1 << 16  # bytes that a client may send before it has its answer
-MAX_LINE = 64 << 20  # bytes of one CLI line
-REQUEST_SECONDS = 30  # to send the headers, and again to send the body
-IDLE_SECONDS = 120  # that a kept-alive connection may wait for its next request
-WRITE_SECONDS = 60  # that one write to a client may take
-ALIVE_SECONDS = 10  # of silence before a stream is started and kept alive
-TICK_SECONDS = 0.5  # the longest wait of the main thread, and of a request
-TERM_SECONDS = 1.0  # from SIGTERM to SIGKILL
-DRAIN_SECONDS = 2.0  # that running answers get when the server stops
-SPARE_SECONDS = 600  # after which an unused spare is replaced
-STARTED_SECONDS = 3  # after which a CLI is up, on a slow machine, too
-PAUSE_SECONDS = 60  # without a request, after which a conversation gives up its spare
-REST_SECONDS = 3600  # without any request, after which spares are not replaced
-LIMIT_SECONDS = 60  # until a limit ends, above which it is the plan's
-LOGIN_SECONDS = 5  # from one look for a login to the next
-REFUSED_SECONDS = 60  # to report "not logged in" after a 401 without asking the CLI
-PROBE_SECONDS = 20  # for `claude --version` and `claude auth status`
+Json = dict[str, Any]
+
+# ── Limits ───────────────────────────────────────────────────────────────────────
+# The unit of each, and what it limits.
+
+MAX_BODY_BYTES = 32 << 20  # of a request; the Messages API refuses larger ones
+MAX_READ_AHEAD_BYTES = 1 << 16  # kept of what a client sends during its answer
+MAX_CLI_LINE_BYTES = 64 << 20  # a longer line from the CLI is an error
+MAX_REMEMBERED_BYTES = 64 << 20  # of past answers, in memory; see AnswerCache
+REQUEST_SECONDS = 30  # for a client to send its headers, and again for its body
+IDLE_CONNECTION_SECONDS = 120  # an idle keep-alive connection is closed after this
+WRITE_SECONDS = 60  # timeout of one write to a client
+KEEPALIVE_SECONDS = 10  # a silent stream gets an event that changes nothing this often
+POLL_SECONDS = 0.5  # the longest wait of the main loop and of a waiting request
+TERMINATE_SECONDS = 1.0  # from SIGTERM to SIGKILL
+DRAIN_SECONDS = 2.0  # grace period for running answers when the server stops
+SPARE_SECONDS = 600  # an idle process is replaced when it is older than this
+STARTUP_SECONDS = 3  # a CLI older than this has started, even on a slow machine
+SPARE_SILENCE_SECONDS = 5  # a spare that prints nothing for this long is replaced
+IDLE_CONVERSATION_SECONDS = 60  # an idle conversation loses its spare after this
+NO_REQUEST_SECONDS = 3600  # without any request for this long, spares are not renewed
+RESTART_SECONDS = 60  # the longest pause between two starts of a CLI that keeps dying
+PLAN_LIMIT_SECONDS = 60  # a limit that ends later is the plan's, not a short throttle
+RATE_LIMIT_EVENT_SECONDS = 0.1  # how long an ended answer's process is read for it
+LOGIN_CHECK_SECONDS = 5  # between login checks while logged out
+LOGIN_TRUST_SECONDS = 60  # after a 401, report "not logged in" without another check
+MODELS_SECONDS = 10  # how long the banner and --check wait for the CLI's models
+CLI_COMMAND_SECONDS = 20  # for `claude --version` and `claude auth status`
 MAX_WAITING = 500  # requests in the queue; each holds a thread and its body
-MAX_CHOICES = 8  # `n`: one CLI process each
-MAX_TOKENS = 10**9  # the CLI lowers it to what the model can do
-MIN_THINKING_TOKENS = 2048  # a smaller max_tokens leaves no room for a thought
-MIN_BUDGET_TOKENS = 4096  # the same for BUDGET_MODEL, whose thoughts take all but one
-MAX_DESCRIPTION = 2048  # characters; older CLIs cut a tool's description there
-MAX_MEMORY = 2000  # thoughts and texts of answers that are kept
-OLDEST_CLI = (2, 1, 112)  # takes shouldQuery and a late system prompt (measured)
-UNTYPED_TEXT_CLI = (2, 1, 330)  # honours text_not_typed (measured; 2.1.197 does not)
-LATE_MODEL_CLI = (2, 1, 329)  # takes another model before the first turn (measured)
+MAX_CHOICES = 8  # `n`; each choice needs a CLI process
+MAX_TOKENS = 10**9  # the CLI lowers it to the model's own maximum
+MIN_THINKING_TOKENS = 2048  # a smaller max_tokens leaves no room for thinking
+MIN_BUDGET_TOKENS = 4096  # the same for models whose thinking has a budget
+MAX_DESCRIPTION_LENGTH = 2048  # CLIs up to 2.1.197 truncate longer tool descriptions
+MAX_KNOWN_CONVERSATIONS = 2000  # remembered by their hash, to recognize a next turn
+OLDEST_CLI = (2, 1, 112)  # the first with shouldQuery and a late system prompt
+CLI_WITH_TEXT_NOT_TYPED = (2, 1, 330)  # 2.1.197 ignores `text_not_typed`
+CLI_WITH_LATE_MODEL = (2, 1, 329)  # takes another model until the first turn
 
 
-# ── Errors ─────────────────────────────────────────────────────────────────────────
-# Code at any depth may raise APIError; Handler.fail() or Reply.fail() writes it. To map
-# another failure of the CLI, add its word to FAILURES.
+# ── Errors ───────────────────────────────────────────────────────────────────────
+# Code at any depth may raise APIError; Handler answers it. To map another failure of
+# the CLI, add its status or name to one of the FAILURES tables.
 
-TYPES = {  # the error type for a code, else for a status, else invalid_request_error
-    401: "authentication_error", 403: "permission_error", 429: "rate_limit_error",
-    500: "api_error", 502: "api_error", 503: "service_unavailable",
-    504: "timeout_error", "server_is_overloaded": "overloaded_error",
+ERROR_TYPES_BY_STATUS = {  # all others are "invalid_request_error"
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+    500: "api_error",
+    502: "api_error",
+    503: "service_unavailable",
+    504: "timeout_error",
+}
+ERROR_TYPES_BY_CODE = {  # these take precedence
+    "server_is_overloaded": "overloaded_error",
     "insufficient_quota": "insufficient_quota",
-}  # fmt: skip
-
-
-class APIError(Exception):
-    """An error in OpenAI's shape: {"error": {message, type, param, code}}."""
-
-    def __init__(
-        self, status: int, message: str, code: Optional[str] = None,
-        param: Optional[str] = None, headers: Optional[Dict[str, str]] = None,
-    ):  # fmt: skip
-        super().__init__(message)
-        self.status, self.headers = status, headers or {}
-        type = TYPES.get(code) or TYPES.get(status, "invalid_request_error")
-        self.error = {"message": message, "type": type, "param": param, "code": code}
-
-
-class Disconnected(Exception):
-    """The client has gone; nobody is left to answer."""
-
-
-LOGIN_CURE = "Claude Code is not logged in: run `claude auth login`, then try again. "
-LOGIN_CURE += "(If CLAUDE_CODE_OAUTH_TOKEN is set, renew it with `claude setup-token`.)"
-NO_MODEL = "The model does not exist, or your plan does not include it; see /v1/models."
-CURES = {"not_logged_in": LOGIN_CURE, "model_not_found": NO_MODEL}  # by code
-
-# What the CLI says of a failure -> our status and code. It says the API's status, the
-# terminal_reason of its result line, and the `error` of its assistant line.
-FAILURES = {
-    word: (status, code)
-    for status, code, *words in [
-        (400, None, 400, "invalid_request"),
-        (400, "context_length_exceeded", "prompt_too_long", "blocking_limit"),
-        (401, "not_logged_in", 401, "authentication_failed"),
-        (403, "permission_denied", 403),
-        (404, "model_not_found", 404, "model_not_found"),
-        (413, "request_too_large", 413),
-        (429, "rate_limit_exceeded", 429, "rate_limit"),
-        (429, "insufficient_quota", "billing_error"),
-        (502, "upstream_error", 500),
-        (503, "server_is_overloaded", 503, 529, "overloaded"),
-        (504, "upstream_timeout", 504),
-    ]
-    for word in words
 }
 
 
-def failure(words: List[Any], text: str, wait: float, now: float) -> APIError:
-    """The APIError for a failure that the CLI reports. Of `words` the first one that is
-    in FAILURES counts; without any it is a 502. `wait`: seconds until a limit ends (0:
-    unknown)."""
-    status, code = next((FAILURES[w] for w in words if w in FAILURES), FAILURES[500])
-    text = CURES.get(code) or text or "The Claude API answered with an error."
-    error = APIError(status, text, code, "model" if status == 404 else None)
-    if status == 429 and wait > 0:
+class APIError(Exception):
+    """An error that is answered in OpenAI's shape.
+
+    `param` is the path of the parameter at fault. `headers` are added to the HTTP
+    response. `resets_at` (epoch seconds) is set where the plan's limit is used up.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+        self.headers: dict[str, str] = {}
+        if headers is not None:
+            self.headers.update(headers)
+        self.resets_at: int | None = None
+
+    @property
+    def type(self) -> str:
+        if self.resets_at is not None:
+            return "usage_limit_reached"  # Codex stops at this type; else it waits
+        if self.code in ERROR_TYPES_BY_CODE:
+            return ERROR_TYPES_BY_CODE[self.code]
+        return ERROR_TYPES_BY_STATUS.get(self.status, "invalid_request_error")
+
+    def to_json(self) -> Json:
+        """The value of "error" in the response."""
+        error: Json = {
+            "message": self.message,
+            "type": self.type,
+            "param": self.param,
+            "code": self.code,
+        }
+        if self.resets_at is not None:
+            error["resets_at"] = self.resets_at
+        return error
+
+
+class DisconnectedError(Exception):
+    """The client closed the connection. Nobody is left to answer."""
+
+
+class Failure(NamedTuple):
+    """What a failure of the CLI or the Messages API is answered with."""
+
+    status: int
+    code: str | None
+
+
+INVALID_REQUEST = Failure(400, None)
+CONTEXT_TOO_LONG = Failure(400, "context_length_exceeded")
+NOT_LOGGED_IN = Failure(401, "not_logged_in")
+MODEL_NOT_FOUND = Failure(404, "model_not_found")
+RATE_LIMITED = Failure(429, "rate_limit_exceeded")
+OVERLOADED = Failure(503, "server_is_overloaded")
+UPSTREAM_ERROR = Failure(502, "upstream_error")
+
+FAILURES_BY_REASON = {  # the `terminal_reason` of a result line
+    "prompt_too_long": CONTEXT_TOO_LONG,
+    "blocking_limit": CONTEXT_TOO_LONG,
+}
+FAILURES_BY_STATUS = {  # the HTTP status of the Messages API
+    400: INVALID_REQUEST,
+    401: NOT_LOGGED_IN,
+    403: Failure(403, "permission_denied"),
+    404: MODEL_NOT_FOUND,
+    413: Failure(413, "request_too_large"),
+    429: RATE_LIMITED,
+    500: UPSTREAM_ERROR,
+    503: OVERLOADED,
+    504: Failure(504, "upstream_timeout"),
+    529: OVERLOADED,
+}
+FAILURES_BY_CATEGORY = {  # the `error` of an assistant line
+    "invalid_request": INVALID_REQUEST,
+    "authentication_failed": NOT_LOGGED_IN,
+    "model_not_found": MODEL_NOT_FOUND,
+    "rate_limit": RATE_LIMITED,
+    "billing_error": Failure(429, "insufficient_quota"),
+    "overloaded": OVERLOADED,
+}
+
+LOGIN_REMEDY = (
+    "Claude Code is not logged in: run `claude auth login`, then try again. "
+    "(If CLAUDE_CODE_OAUTH_TOKEN is set, renew it with `claude setup-token`.)"
+)
+MODEL_REMEDY = (
+    "The model does not exist, or your plan does not include it. "
+    "GET /v1/models lists the models that you can use."
+)
+
+
+def upstream_error(
+    reason: Any, api_status: Any, category: Any, text: str, wait: float, now: float
+) -> APIError:
+    """The APIError for a failure that the CLI reports.
+
+    `reason`, `api_status` and `category` are keys of the FAILURES tables, in their
+    order of precedence; `text` is the CLI's own message. `wait` is the number of
+    seconds until a limit ends (0 if it is not known), `now` is the time in epoch
+    seconds.
+    """
+    failure = UPSTREAM_ERROR
+    if category == "authentication_failed":  # the API may answer it with a 403
+        failure = NOT_LOGGED_IN
+    elif reason in FAILURES_BY_REASON:
+        failure = FAILURES_BY_REASON[reason]
+    elif api_status in FAILURES_BY_STATUS:
+        failure = FAILURES_BY_STATUS[api_status]
+    elif category in FAILURES_BY_CATEGORY:
+        failure = FAILURES_BY_CATEGORY[category]
+    error = APIError(failure.status, text, failure.code)
+    if failure is NOT_LOGGED_IN:
+        error.message = login_message(api_status, text)
+    elif failure is MODEL_NOT_FOUND:
+        error.message = MODEL_REMEDY
+        error.param = "model"
+    elif not text:
+        error.message = "The Claude API answered with an error."
+    if failure.status == 429 and wait > 0:
         error.headers["Retry-After"] = str(math.ceil(wait))
-        if wait > LIMIT_SECONDS:  # Codex would wait for it
-            error.error.update(type="usage_limit_reached", resets_at=int(now + wait))
+        if wait > PLAN_LIMIT_SECONDS:
+            error.resets_at = int(now + wait)
     return error
 
 
-def strange_line() -> APIError:
-    return APIError(502, "The Claude CLI printed a strange line.")
+def login_message(api_status: Any, text: str) -> str:
+    """The message for a login that was refused. A 403 has a reason of its own, such as
+    a disabled organization or a missing scope, which the CLI's text repeats."""
+    if api_status == 403:
+        return f"The Claude API refused this login: {text} {LOGIN_REMEDY}"
+    return LOGIN_REMEDY
 
 
-# What code that reads a CLI line raises when the line has not the shape we know.
-STRANGE = (
-    LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError,
-)  # fmt: skip
+def unexpected_line_error() -> APIError:
+    return APIError(502, "The Claude CLI printed a line in an unknown format.")
 
 
-def printable(text: str) -> str:
-    """`text` as one word of a log line."""
+# Exceptions raised by code that reads a CLI line of unexpected shape.
+MALFORMED_LINE_ERRORS = (
+    LookupError,
+    TypeError,
+    AttributeError,
+    ValueError,
+    ArithmeticError,
+    RecursionError,
+)
+
+
+def ascii_only(text: str) -> str:
+    """Replace all but printable ASCII, so that `text` stays one field of a log line."""
     return re.sub(r"[^!-~]", "?", text)
 
 
 def log(text: str) -> None:
-    """Write a line on stderr, of words that a terminal can show. Never prompt text."""
-    words = [time.strftime("%Y-%m-%dT%H:%M:%S"), *map(printable, text.split())]
-    with contextlib.suppress(OSError, ValueError):  # a closed stderr stops nobody
-        print(*words, file=sys.stderr, flush=True)
+    """Write one sanitized line to stderr. Callers must not pass prompt text."""
+    words = [time.strftime("%Y-%m-%dT%H:%M:%S")]
+    words += [ascii_only(word) for word in text.split()]
+    print_to_stderr(" ".join(words))
 
 
-# ── Settings ───────────────────────────────────────────────────────────────────────
-# To add an option, add a row to OPTIONS: its flag, environment variable, default and
-# help follow from it.
+def print_to_stderr(text: str) -> None:
+    """Print what may be lost: stderr may be closed, or on a full disk. Python would end
+    with another exit code if it could not flush stderr at the end."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        sys.stderr = open(os.devnull, "w")
 
 
-def number(kind: type, least: float, most: float) -> Any:
-    """An argparse type: a number from `least` to `most`."""
+def log_exception(error: BaseException) -> None:
+    """Log the kind of a bug and its place. Its message may hold prompt text."""
+    place = "unknown place"
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename == __file__:
+            place = f"{frame.name}, line {frame.lineno}"
+    log(f"internal error: {type(error).__name__} in {place}")
+
+
+# ── Settings ─────────────────────────────────────────────────────────────────────
+# To add an option, add a field to Settings: its flag, environment variable, default and
+# help text follow from it.
+
+ENVIRONMENT_PREFIX = "CLAUDE_MAX_PROXY_"
+
+
+def number_in_range(kind: type, minimum: float, maximum: float) -> Callable[[str], Any]:
+    """A parser for an option: a number from `minimum` to `maximum`."""
 
     def parse(text: str) -> Any:
-        value = kind(text)
-        if not least <= value <= most:
-            raise ValueError(text)
-        return value
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if minimum <= value <= maximum:
+                return value
+        message = f"must be a number from {minimum:g} to {maximum:g}, not '{text}'"
+        raise argparse.ArgumentTypeError(message)
 
-    parse.__name__ = f"number from {least} to {most}"  # argparse complains with it
     return parse
 
 
-class Option(NamedTuple):
-    default: Any
-    help: str
-    kind: Any = str
+def yes_or_no(text: str) -> bool:
+    """A parser for a switch that is set by an environment variable."""
+    word = text.strip().lower()
+    if word in ("1", "true", "yes", "on"):
+        return True
+    if word in ("0", "false", "no", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"must be yes or no, not '{text}'")
 
 
-OPTIONS = {
-    "host": Option("127.0.0.1", "address to listen on; beyond loopback needs a key"),
-    "port": Option(3456, "port to listen on", number(int, 0, 65535)),
-    "api_key": Option("", "demand this key from clients (as `Bearer KEY`)"),
-    "allow_origin": Option("", "web origins that may send requests, comma-separated"),
-    "claude": Option("", "path of the Claude Code CLI, if it is not found"),
-    "max_concurrency": Option(8, "CLI processes at once", number(int, 1, 1000)),
-    "spares": Option(2, "processes started ahead, 155 MB each", number(int, 0, 100)),
-    "timeout": Option(600.0, "seconds of silence before a 504", number(float, .1, 1e6)),
-    "verbose": Option(False, "also log what a failed CLI wrote to stderr", bool),
-}
-DEFAULTS = [row.default for row in OPTIONS.values()]
-Settings = collections.namedtuple("Settings", OPTIONS, defaults=DEFAULTS)
-ENVIRONMENT = "CLAUDE_MAX_PROXY_"
+def option(default: Any, description: str, parse: Callable[[str], Any] = str) -> Any:
+    metadata = {"help": description, "parse": parse}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The options of the command line. The names of the fields are those of the flags
+    (`--api-key`) and of the environment variables (`CLAUDE_MAX_PROXY_API_KEY`)."""
+
+    host: str = option(
+        "127.0.0.1",
+        "address to listen on; any address but loopback requires --api-key",
+    )
+    port: int = option(3456, "port to listen on", number_in_range(int, 0, 65535))
+    api_key: str = option(
+        "", "require this key from clients (`Authorization: Bearer KEY`)"
+    )
+    allow_origin: str = option(
+        "", "additional web origins that may send requests, separated by commas"
+    )
+    allow_host: str = option(
+        "",
+        "additional names of this server in the Host header, separated by commas; "
+        "requires --api-key",
+    )
+    claude: str = option(
+        "", "path of the `claude` command, if it is not found automatically"
+    )
+    max_concurrency: int = option(
+        8,
+        "maximum number of answers at once (one CLI process each)",
+        number_in_range(int, 1, 1000),
+    )
+    spares: int = option(
+        3,
+        "idle CLI processes kept ready (about 150 MB each)",
+        number_in_range(int, 0, 100),
+    )
+    timeout: float = option(
+        600.0,
+        "seconds without output from Claude before a request fails with 504",
+        number_in_range(float, 0.1, 1e6),
+    )
+    plan_limit: float = option(
+        100.0,
+        "refuse requests while this percentage of a window of the plan is used, "
+        "so that no extra usage is billed; 0 never refuses",
+        number_in_range(float, 0, 100),
+    )
+    verbose: bool = option(
+        False, "also log the kind of each failure of the CLI", yes_or_no
+    )
+
+
+OPTIONS = {field.name: field for field in dataclasses.fields(Settings)}
 
 
 class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
     def error(self, message: str) -> Any:
-        """One line, without the usage that would hide it."""
-        self.exit(2, f"claude_max_proxy: {message}\n")
+        """Print only the error; the long usage text would hide it."""
+        print_to_stderr(f"claude_max_proxy: {message}")
+        sys.exit(2)
 
 
-def own_version() -> str:
-    """The version and this file's hash: a copied file still says which one it is."""
+def version_and_hash() -> str:
+    """The version, and a part of this file's hash, to identify a copied file."""
     with open(__file__, "rb") as source:
         digest = hashlib.sha256(source.read()).hexdigest()
     return f"claude_max_proxy {__version__} ({digest[:12]})"
 
 
-def parse_arguments(argv: List[str]) -> Tuple[Settings, bool]:
-    """Flags over environment over defaults -> (settings, whether --check was given)."""
+def make_parser() -> Parser:
     parser = Parser(
         prog="claude_max_proxy.py",
         description="OpenAI-compatible server for your Claude subscription.",
-        epilog=f"Each option can be set as {ENVIRONMENT}NAME, too: API_KEY better be, "
-        "for `ps` shows flags to everyone.",
+        epilog="Every option can also be set as an environment variable, "
+        f"{ENVIRONMENT_PREFIX}NAME. Set the API key that way: `ps` shows command lines "
+        "to other users.",
     )
-    parser.add_argument("--version", action="version", version=own_version())
-    parser.add_argument("--check", action="store_true", help="say what works, and exit")
-    for name, (default, text, kind) in OPTIONS.items():
-        given = os.environ.get(ENVIRONMENT + name.upper()) or str(default)
-        if kind is bool:
-            on = given not in ("False", "0", "false")
-            rest: Json = {"action": "store_true", "default": on}
-        else:  # argparse converts a default that is a string
-            rest = {"type": kind, "default": given, "metavar": name.upper()}
-            text += f" (default: {default})" if default else ""
-        parser.add_argument("--" + name.replace("_", "-"), help=text, **rest)
-    chosen = vars(parser.parse_args(argv))
-    check_only = chosen.pop("check")
-    settings = Settings(**chosen)
-    if not is_loopback(settings.host) and not settings.api_key:
-        parser.error(f"--host {settings.host} is open to others: give --api-key, too")
-    return settings, check_only
+    parser.add_argument("--version", action="version", version=version_and_hash())
+    parser.add_argument(
+        "--check", action="store_true", help="check the installation and exit"
+    )
+    for name, field in OPTIONS.items():
+        add_option(parser, "--" + name.replace("_", "-"), field)
+    return parser
+
+
+def add_option(parser: Parser, flag: str, field: dataclasses.Field[Any]) -> None:
+    """Add the flag. Its default is None, so that parse_options() can tell that it was
+    not given, and take the environment's value."""
+    description = field.metadata["help"]
+    if field.default is False:
+        parser.add_argument(flag, action="store_true", default=None, help=description)
+        return
+    if field.default != "":
+        description = (
+            f"{description} (default: {field.default:g})"
+            if isinstance(field.default, (int, float))
+            else f"{description} (default: {field.default})"
+        )
+    parser.add_argument(
+        flag,
+        type=field.metadata["parse"],
+        metavar=field.name.upper(),
+        help=description,
+    )
+
+
+def parse_options(argv: list[str]) -> tuple[Settings, bool]:
+    """Flags override environment variables, which override defaults.
+
+    Returns the settings, and whether --check was given. Exits with 2 if they are wrong.
+    """
+    parser = make_parser()
+    given = vars(parser.parse_args(argv))
+    values = {}
+    for name, field in OPTIONS.items():
+        variable = ENVIRONMENT_PREFIX + name.upper()
+        text = os.environ.get(variable)
+        if given[name] is not None:
+            values[name] = given[name]
+        elif text:
+            try:
+                values[name] = field.metadata["parse"](text)
+            except argparse.ArgumentTypeError as error:
+                parser.error(f"{variable} {error}")
+    settings = Settings(**values)
+    if not settings.api_key:
+        if not is_loopback(settings.host):
+            parser.error(
+                f"--host {settings.host} can be reached from other machines; "
+                "--api-key is required"
+            )
+        if settings.allow_host:
+            parser.error("--allow-host requires --api-key")
+    return settings, given["check"]
 
 
 def is_loopback(host: str) -> bool:
     """Whether a host name or address can only mean this machine (RFC 6761, 6.3)."""
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
-    return host == "localhost" or host.endswith(".localhost")
+    return re.fullmatch(r"([a-z0-9-]+\.)*localhost\.?", host) is not None
 
 
-# ── Request ────────────────────────────────────────────────────────────────────────
-# OpenAI's JSON -> an Ask. Pure: no sockets, processes or clock. To support a new
-# parameter, add a row to PARAMETERS or RESPONSE_PARAMETERS, and read it in parse_chat()
-# or parse_response(). To support a new kind of content, add a row to PARTS.
+# ── JSON values ──────────────────────────────────────────────────────────────────
+# A request's JSON, read with checks. Pure: no sockets, processes or clock.
 
-# Our id -> the CLI's alias for the newest model of the family.
-MODELS = {f"claude-{alias}-4": alias for alias in ("opus", "sonnet", "haiku")}
-KNOWN_MODELS = [*MODELS, *MODELS.values()]
-MODEL_ID = re.compile(r"claude-[A-Za-z0-9.:_\[\]-]{1,120}")
-# Models whose thinking has a budget. In a tool loop the API wants their signed thinking
-# block back (Messages API, "Preserving thinking blocks").
+JSON_TYPE_NAMES = {
+    str: "a string",
+    int: "an integer",
+    float: "a number",
+    bool: "a boolean",
+    list: "an array",
+    dict: "an object",
+    type(None): "null",
+}
+
+
+class JsonValue:
+    """A JSON value of the request with its path, which errors report as `param`."""
+
+    def __init__(self, value: Any, path: str = "") -> None:
+        self.value = value
+        self.path = path
+
+    def get(self, key: str) -> JsonValue:
+        """A member. It is null if it, or this object, is absent or null.
+        Raises APIError 400 if this value is neither an object nor null."""
+        members = self.optional(dict)
+        path = f"{self.path}.{key}" if self.path else key
+        if members is None:
+            return JsonValue(None, path)
+        return JsonValue(members.get(key), path)
+
+    def items(self) -> Iterator[JsonValue]:
+        """The elements of an array; none if it is null. Raises APIError 400."""
+        elements = self.optional(list)
+        if elements is not None:
+            for i, element in enumerate(elements):
+                yield JsonValue(element, f"{self.path}[{i}]")
+
+    def require(self, *types: type) -> Any:
+        """The value. Raises APIError 400 if it has none of these types. A float without
+        a fraction is an integer, too (JSON Schema 2020-12, 6.1.1)."""
+        if type(self.value) in types:
+            return self.value
+        if int in types and type(self.value) is float and self.value.is_integer():
+            return int(self.value)
+        expected = " or ".join(JSON_TYPE_NAMES[kind] for kind in types)
+        actual = JSON_TYPE_NAMES[type(self.value)]
+        raise self.error(f"must be {expected}, not {actual}.", "invalid_type")
+
+    def optional(self, *types: type) -> Any:
+        """Like require(), but null is allowed, and returned as None."""
+        if self.value is None:
+            return None
+        return self.require(*types)
+
+    def error(self, problem: str, code: str | None = None) -> APIError:
+        return APIError(400, f"'{self.path}' {problem}", code, self.path)
+
+
+def finite_number(digits: str) -> float:
+    """Raises ValueError for NaN, Infinity, and what is too large for a float."""
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(digits)
+    return value
+
+
+def load_json(text: str) -> Any:
+    """JSON without NaN, infinities, and numbers too large for a float, which Python
+    takes but RFC 8259 does not. Lone surrogates become U+FFFD, because the API rejects
+    them. Raises ValueError, and RecursionError if it is nested too deeply."""
+    value = json.loads(text, parse_constant=finite_number, parse_float=finite_number)
+    if re.search(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]", text):
+        return without_lone_surrogates(value)
+    return value
+
+
+def without_lone_surrogates(value: Any) -> Any:
+    """The JSON value with U+FFFD for each half of a surrogate pair in its strings."""
+    if isinstance(value, str):
+        return re.sub("[\ud800-\udfff]", "\ufffd", value)
+    if isinstance(value, list):
+        return [without_lone_surrogates(element) for element in value]
+    if isinstance(value, dict):
+        return {
+            without_lone_surrogates(key): without_lone_surrogates(member)
+            for key, member in value.items()
+        }
+    return value
+
+
+def parse_body(raw: bytes) -> Any:
+    """The JSON of a request body, in UTF-8 (RFC 8259). Raises APIError 400, and
+    RecursionError if it is nested too deeply."""
+    try:
+        return load_json(raw.decode("utf-8-sig"))
+    except ValueError:
+        raise APIError(400, "The request body is not valid JSON in UTF-8.") from None
+
+
+def checked_type(holder: JsonValue, known: Iterable[str], default: str = "") -> str:
+    """The member `type`, or `default`. Raises APIError 400 if it is not in `known`."""
+    member = holder.get("type")
+    name: str = default if member.value is None else member.require(str)
+    if name not in known:
+        choices = ", ".join(known)
+        raise member.error(
+            f"must be one of {choices}, not '{name[:50]}'.", "unsupported_type"
+        )
+    return name
+
+
+# ── Tool schemas ─────────────────────────────────────────────────────────────────
+# A client's tool schema, of any draft of JSON Schema, -> one that the Messages API and
+# every CLI accept. Pure. To support another keyword, add a row to KEYWORDS.
+#
+# The API requires JSON Schema 2020-12, and an object at the top level. Claude Code
+# 2.1.332 checks this itself, against the meta-schema of 2020-12, and silently drops a
+# tool that fails. Keywords that 2020-12 does not know are not checked. 2.1.112 only
+# checks the top level; if it rejects one tool there, it drops all of them.
+
+# Some inputs can't be sent as they are: their schema is not allowed at the top level,
+# or they are plain text. Such an input is wrapped as {"input": …}.
+WRAPPER_KEY = "input"
+
+# What the API accepts as a name in the top level's `properties`.
+API_PROPERTY = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
+# 2.1.112 takes an object with this name for an instance of a class, not for JSON.
+UNSAFE_PROPERTY = "constructor"
+# Keywords that the API rejects at the top level.
+COMBINATORS = ("anyOf", "oneOf", "allOf")
+# The keywords that hold what `$ref` refers to. They stay at the top level.
+DEFINITION_KEYWORDS = ("$defs", "definitions")
+
+JSON_TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
+# Draft 2019-09 and older: `items` may be a list. 2020-12 renamed it and its companion.
+TUPLE_KEYWORDS = {"items": "prefixItems", "additionalItems": "items"}
+
+
+class ToolSchema(NamedTuple):
+    """An input schema as the API gets it, and whether it wraps the client's."""
+
+    json: Json
+    is_wrapped: bool
+
+
+def to_tool_schema(schema: JsonValue) -> ToolSchema:
+    """Convert a tool's `parameters` to what the API and every CLI accept. A schema that
+    is not allowed at the top level is wrapped. Null means an object with any members.
+    Raises APIError 400 if it does not describe an object."""
+    if schema.optional(dict) is None:
+        return ToolSchema({"type": "object"}, False)
+    if not allows_object(schema.get("type").value):
+        raise schema.error("must be a schema of type 'object'.", "invalid_schema")
+    converted = to_2020_12(schema)
+    converted["type"] = "object"
+    converted.pop("$schema", None)
+    if not needs_wrapping(converted):
+        return ToolSchema(converted, False)
+    definitions: Json = {}
+    for keyword in DEFINITION_KEYWORDS:
+        if keyword in converted:
+            definitions[keyword] = converted.pop(keyword)
+    wrapped = {**definitions, **wrap_schema(converted)}
+    move_references(wrapped)
+    return ToolSchema(wrapped, True)
+
+
+def allows_object(type_value: Any) -> bool:
+    """Whether a schema with this `type`, or without any (None), allows an object."""
+    if type_value is None:
+        return True
+    names = type_value if isinstance(type_value, list) else [type_value]
+    return any(isinstance(name, str) and name.lower() == "object" for name in names)
+
+
+def needs_wrapping(schema: Json) -> bool:
+    for keyword in COMBINATORS:
+        if keyword in schema:
+            return True
+    for name in schema.get("properties", {}):
+        if name == UNSAFE_PROPERTY or not API_PROPERTY.fullmatch(name):
+            return True
+    return False
+
+
+def wrap_schema(schema: Json) -> Json:
+    return {
+        "type": "object",
+        "properties": {WRAPPER_KEY: schema},
+        "required": [WRAPPER_KEY],
+    }
+
+
+def move_references(schema: Json) -> None:
+    """Make every `$ref` point to where its target is after wrapping. This changes
+    `schema`, which must come from to_2020_12()."""
+    if "$ref" in schema:
+        schema["$ref"] = moved_reference(schema["$ref"])
+    for subschema in subschemas(schema):
+        move_references(subschema)
+
+
+def moved_reference(reference: str) -> str:
+    if reference != "#" and not reference.startswith("#/"):
+        return reference  # another document, or an $anchor
+    for keyword in DEFINITION_KEYWORDS:
+        if reference.startswith(f"#/{keyword}/"):
+            return reference
+    return f"#/properties/{WRAPPER_KEY}{reference[1:]}"
+
+
+def subschemas(schema: Json) -> Iterator[Json]:
+    """The objects among the schemas directly in a schema that to_2020_12() made."""
+    for keyword, value in schema.items():
+        convert = KEYWORDS.get(keyword)
+        members: Iterable[Any] = ()
+        if convert is schema_value:
+            members = [value]
+        elif convert is schema_list:
+            members = value
+        elif convert in (schema_map, dependency_map):
+            members = value.values()
+        for member in members:
+            if isinstance(member, dict):
+                yield member
+
+
+def to_2020_12(schema: JsonValue) -> Json:
+    """Convert a schema of any draft to JSON Schema 2020-12, at every depth. A keyword
+    whose value has the wrong type is left out; unknown keywords stay as they are.
+    Raises APIError 400 if it is no schema: neither an object nor a boolean."""
+    if schema.require(dict, bool) is True:
+        return {}
+    if schema.value is False:
+        return {"not": {}}
+    is_tuple = isinstance(schema.value.get("items"), list)
+    converted: Json = {}
+    for name in schema.value:
+        keyword = TUPLE_KEYWORDS.get(name, name) if is_tuple else name
+        convert = KEYWORDS.get(keyword, any_value)
+        value = convert(schema.get(name))
+        if value is not LEFT_OUT:
+            converted[keyword] = value
+    return converted
+
+
+# What the value of a keyword may be. Each function returns the value in 2020-12 form,
+# or LEFT_OUT if it does not fit.
+
+LEFT_OUT: Any = object()
+Converter = Callable[[JsonValue], Any]
+
+
+def of_type(*types: type) -> Converter:
+    def convert(value: JsonValue) -> Any:
+        return value.value if type(value.value) in types else LEFT_OUT
+
+    return convert
+
+
+string_value = of_type(str)
+number_value = of_type(int, float)
+boolean_value = of_type(bool)
+array_value = of_type(list)
+
+
+def any_value(value: JsonValue) -> Any:
+    return value.value
+
+
+def no_value(value: JsonValue) -> Any:
+    return LEFT_OUT
+
+
+def positive_number(value: JsonValue) -> Any:
+    number = number_value(value)
+    return number if number is not LEFT_OUT and number > 0 else LEFT_OUT
+
+
+def non_negative_integer(value: JsonValue) -> Any:
+    """5.0 is an integer, too (JSON Schema 2020-12 Core, 4.2.3)."""
+    number = number_value(value)
+    if number is LEFT_OUT or number < 0 or number % 1 != 0:
+        return LEFT_OUT
+    return number
+
+
+def anchor_value(value: JsonValue) -> Any:
+    """Draft 2019-09 has booleans here: `"$recursiveAnchor": true`."""
+    name = string_value(value)
+    if name is LEFT_OUT or not re.fullmatch(r"[A-Za-z_][-A-Za-z0-9._]*", name):
+        return LEFT_OUT
+    return name
+
+
+def type_value(value: JsonValue) -> Any:
+    """Gemini's clients write types in capitals: "STRING"."""
+    is_list = isinstance(value.value, list)
+    names = value.value if is_list else [value.value]
+    types = []
+    for name in names:
+        if not isinstance(name, str) or name.lower() not in JSON_TYPES:
+            return LEFT_OUT
+        types.append(name.lower())
+    if not types:
+        return LEFT_OUT
+    return list(dict.fromkeys(types)) if is_list else types[0]
+
+
+def unique_strings(value: JsonValue) -> Any:
+    if not isinstance(value.value, list):
+        return LEFT_OUT
+    if not all(isinstance(name, str) for name in value.value):
+        return LEFT_OUT
+    return list(dict.fromkeys(value.value))
+
+
+def schema_value(value: JsonValue) -> Any:
+    if isinstance(value.value, dict):
+        return to_2020_12(value)
+    return boolean_value(value)
+
+
+def schema_member(value: JsonValue) -> Json:
+    """A member of a list or map of schemas. One that is no schema becomes {}, which
+    allows anything, so that the other members keep their places, and `required` and
+    `$ref` their targets. A boolean becomes an object, because 2.1.112 takes nothing
+    else in `properties`."""
+    if isinstance(value.value, (dict, bool)):
+        return to_2020_12(value)
+    return {}
+
+
+def schema_list(value: JsonValue) -> Any:
+    if not isinstance(value.value, list) or not value.value:
+        return LEFT_OUT
+    return [schema_member(member) for member in value.items()]
+
+
+def map_of(convert: Converter, value: JsonValue) -> Any:
+    """An object, each member converted."""
+    if not isinstance(value.value, dict):
+        return LEFT_OUT
+    members: Json = {}
+    for name in value.value:
+        member = convert(value.get(name))
+        if member is not LEFT_OUT:
+            members[name] = member
+    return members
+
+
+def schema_map(value: JsonValue) -> Any:
+    return map_of(schema_member, value)
+
+
+def string_list_map(value: JsonValue) -> Any:
+    return map_of(unique_strings, value)
+
+
+def boolean_map(value: JsonValue) -> Any:
+    return map_of(boolean_value, value)
+
+
+def dependency_map(value: JsonValue) -> Any:
+    """Draft 7: each member is a list of property names, or a schema."""
+    return map_of(dependency_value, value)
+
+
+def dependency_value(value: JsonValue) -> Any:
+    names = unique_strings(value)
+    return schema_value(value) if names is LEFT_OUT else names
+
+
+# All keywords of JSON Schema 2020-12 (https://json-schema.org/draft/2020-12) by
+# vocabulary, each with what its value must be.
+KEYWORDS: dict[str, Converter] = {
+    # Core. Nothing refers to an $id, and draft 7's "#name" (an anchor) is not allowed.
+    "$id": no_value,
+    "$schema": string_value,
+    "$ref": string_value,
+    "$anchor": anchor_value,
+    "$dynamicRef": string_value,
+    "$dynamicAnchor": anchor_value,
+    "$vocabulary": boolean_map,
+    "$comment": string_value,
+    "$defs": schema_map,
+    # Applicator
+    "prefixItems": schema_list,
+    "items": schema_value,
+    "contains": schema_value,
+    "additionalProperties": schema_value,
+    "properties": schema_map,
+    "patternProperties": schema_map,
+    "dependentSchemas": schema_map,
+    "propertyNames": schema_value,
+    "if": schema_value,
+    "then": schema_value,
+    "else": schema_value,
+    "allOf": schema_list,
+    "anyOf": schema_list,
+    "oneOf": schema_list,
+    "not": schema_value,
+    # Unevaluated
+    "unevaluatedItems": schema_value,
+    "unevaluatedProperties": schema_value,
+    # Validation. exclusiveMinimum and -Maximum were booleans in draft 4, and `required`
+    # was one in draft 3.
+    "type": type_value,
+    "const": any_value,
+    "enum": array_value,
+    "multipleOf": positive_number,
+    "maximum": number_value,
+    "exclusiveMaximum": number_value,
+    "minimum": number_value,
+    "exclusiveMinimum": number_value,
+    "maxLength": non_negative_integer,
+    "minLength": non_negative_integer,
+    "pattern": string_value,
+    "maxItems": non_negative_integer,
+    "minItems": non_negative_integer,
+    "uniqueItems": boolean_value,
+    "maxContains": non_negative_integer,
+    "minContains": non_negative_integer,
+    "maxProperties": non_negative_integer,
+    "minProperties": non_negative_integer,
+    "required": unique_strings,
+    "dependentRequired": string_list_map,
+    # Meta-data
+    "title": string_value,
+    "description": string_value,
+    "default": any_value,
+    "deprecated": boolean_value,
+    "readOnly": boolean_value,
+    "writeOnly": boolean_value,
+    "examples": array_value,
+    # Format and content
+    "format": string_value,
+    "contentEncoding": string_value,
+    "contentMediaType": string_value,
+    "contentSchema": schema_value,
+    # Replaced by others, but still in the meta-schema
+    "definitions": schema_map,
+    "dependencies": dependency_map,
+    "$recursiveAnchor": anchor_value,
+    "$recursiveRef": string_value,
+}
+
+
+# ── Request parsing ──────────────────────────────────────────────────────────────
+# A request's JSON -> Request. Pure: no sockets, processes or clock. To support a new
+# parameter, add a row to CHAT_PARAMETERS or RESPONSE_PARAMETERS, and read it in
+# parse_chat() or parse_response(). To support a new kind of content, add a row to
+# CONTENT_PARTS.
+
+
+class Model(NamedTuple):
+    """A model that a client may ask for. `cli_name` is what `--model` takes."""
+
+    id: str
+    cli_name: str
+    display_name: str
+    description: str
+
+    def to_json(self) -> Json:
+        """OpenAI's model object, and what the Messages API's has."""
+        return {
+            "id": self.id,
+            "object": "model",
+            "created": 0,
+            "owned_by": "anthropic",
+            "display_name": self.display_name,
+            "description": self.description,
+        }
+
+
+FAMILIES = ("opus", "sonnet", "haiku")  # the CLI's aliases for the newest of each
+FAMILY_MODELS = [
+    Model(
+        f"claude-{family}-4",
+        family,
+        f"Claude {family.capitalize()}",
+        f"The newest {family.capitalize()} model, whatever its version",
+    )
+    for family in FAMILIES
+]
+FAMILY_ALIASES = [
+    Model(model.cli_name, model.cli_name, model.display_name, model.description)
+    for model in FAMILY_MODELS
+]
+FULL_MODEL_ID = re.compile(r"claude-[A-Za-z0-9.:_\[\]-]{1,120}")
+MODEL_ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:_\[\]-]{0,120}")
+
+
+class ModelCatalog:
+    """The models that clients may ask for: those of the README, then what the CLI
+    offers this login. Until the CLI has been asked, that is its three well-known
+    aliases."""
+
+    def __init__(self, offered: Iterable[Model] = ()) -> None:
+        self.models = list(FAMILY_MODELS)
+        known = {model.id for model in self.models}
+        for model in list(offered) or FAMILY_ALIASES:
+            if model.id not in known:
+                known.add(model.id)
+                self.models.append(model)
+
+    def find(self, name: str) -> Model:
+        """The model that a client calls `name`. Raises APIError 404.
+
+        A provider prefix, such as openai/, is dropped. Any full Claude model id is
+        passed on to the CLI, which knows more of them than it lists.
+        """
+        short_name = name.rsplit("/", 1)[-1]
+        for model in [*self.models, *FAMILY_ALIASES]:
+            if short_name == model.id:
+                return model
+        if FULL_MODEL_ID.fullmatch(short_name):
+            return Model(short_name, short_name, short_name, "A Claude model")
+        known = ", ".join(model.id for model in self.models)
+        message = (
+            f"Unknown model '{name[:100]}'. Use a full Claude model id, or {known}."
+        )
+        raise APIError(404, message, "model_not_found", "model")
+
+
+def offered_models(initialize_answer: Json) -> list[Model]:
+    """The models in the CLI's answer to `initialize`: each alias, then its full id.
+    Raises one of MALFORMED_LINE_ERRORS."""
+    models = []
+    for entry in initialize_answer["models"]:
+        alias = require_str(entry["value"])
+        title = str(entry.get("displayName") or alias)
+        description = str(entry.get("description") or "")
+        full_id = entry.get("resolvedModel")
+        if MODEL_ALIAS.fullmatch(alias):
+            models.append(Model(alias, alias, title, description))
+        if type(full_id) is str and FULL_MODEL_ID.fullmatch(full_id):
+            models.append(Model(full_id, full_id, title, description))
+    return models
+
+
+# Models whose thinking has a budget. In a tool loop the API requires their signed
+# thinking block to be sent back (Messages API, "Preserving thinking blocks").
 BUDGET_MODEL = re.compile(r"haiku|claude-3|-4-[0-5](?!\d)|-4-20\d{6}")
-# OpenAI's words for the CLI's effort.
-EFFORTS = {None: "", "": "", "none": "", "minimal": "low"}
-EFFORTS.update((word, word) for word in ("low", "medium", "high", "xhigh", "max"))
 
-HONOURED, IGNORED, REFUSED = "honoured", "ignored", "refused"
-HARMLESS = (False, 0, [], ["text"])  # values of a refused parameter that want nothing
+EFFORT_LEVELS = {  # OpenAI's reasoning_effort -> the CLI's effort level
+    "": "",
+    "none": "",
+    "minimal": "low",
+    "low": "low",
+    "medium": "medium",
+    "high": "high",
+    "xhigh": "xhigh",
+    "max": "max",
+}
+
+HONOURED = "honoured"
+IGNORED = "ignored"
+REFUSED = "refused"
+# Values that ask for the default behaviour. They are accepted although the parameter is
+# not supported.
+DEFAULT_VALUES: tuple[Any, ...] = (False, 0, [], ["text"], "none")
 
 
 class Row(NamedTuple):
-    """What is done with a parameter, a tool or an item, and why; the JSON types that a
-    parameter may have."""
+    """How a parameter, tool type or item type is treated, why (shown to users), the
+    JSON types that a parameter accepts, and the error code if it is refused."""
 
-    use: str
-    why: str
-    kinds: Tuple[type, ...] = ()
-    code: str = "unsupported_parameter"  # if it is refused
-
-
-def table(*rows: Any) -> Dict[str, Row]:
-    """Rows that begin with the names that they are for."""
-    return {name: Row(*row) for names, *row in rows for name in names.split()}
+    treatment: str
+    reason: str
+    types: tuple[type, ...] = ()
+    code: str = "unsupported_parameter"
 
 
-STRING, INTEGER, NUMBER, BOOLEAN = (str,), (int,), (int, float), (bool,)
-ARRAY, OBJECT = (list,), (dict,)
-NO_KNOB, NO_STORE = "Claude Code has no such knob", "nothing is stored"
-PARAMETERS = table(
-    ("model", HONOURED, "see Models", STRING),
-    ("messages", HONOURED, "turn for turn, in their native roles", ARRAY),
-    ("stream", HONOURED, "server-sent events", BOOLEAN),
-    ("stream_options", HONOURED, "include_usage", OBJECT),
-    ("max_tokens max_completion_tokens", HONOURED, "from 1; the second wins", INTEGER),
-    ("stop", HONOURED, "1 to 4 strings; the CLI ends at a match", (str, list)),
-    ("n", HONOURED, "1 to 8, one CLI process each", INTEGER),
-    ("tools", HONOURED, "functions; the client runs them", ARRAY),
-    ("tool_choice", HONOURED, "none, auto, required, a function", (str, dict)),
-    ("parallel_tool_calls", HONOURED, "false: one call at a time", BOOLEAN),
-    ("response_format", HONOURED, "text, json_object, json_schema", OBJECT),
-    ("reasoning_effort", HONOURED, "none to max", STRING),
-    ("temperature top_p", IGNORED, NO_KNOB, NUMBER),
-    ("presence_penalty frequency_penalty", IGNORED, NO_KNOB, NUMBER),
-    ("seed", IGNORED, NO_KNOB, INTEGER),
-    ("logit_bias", IGNORED, NO_KNOB, OBJECT),
-    ("user", IGNORED, NO_KNOB, STRING),
-    ("metadata", IGNORED, NO_STORE, OBJECT),
-    ("store", IGNORED, NO_STORE, BOOLEAN),
-    ("logprobs top_logprobs", REFUSED, "Claude gives none", (bool, int)),
-    ("modalities audio", REFUSED, "answers are text", (list, dict)),
-    ("functions function_call", REFUSED, "use tools", (list, str, dict)),
-    ("web_search_options", REFUSED, "there is no web search here", OBJECT),
-)
-SHARED = """
-model stream tools tool_choice parallel_tool_calls temperature top_p user metadata store
-top_logprobs
-""".split()
-RESPONSE_PARAMETERS = table(
-    ("input", HONOURED, "a text, or items turn for turn", (str, list)),
-    ("instructions", HONOURED, "the first system text", STRING),
-    ("text", HONOURED, "format: text, json_object, json_schema", OBJECT),
-    ("reasoning", HONOURED, "effort; summary: shows the thoughts", OBJECT),
-    ("max_output_tokens", HONOURED, "at least 1", INTEGER),
-    ("include", IGNORED, NO_KNOB, ARRAY),
-    ("max_tool_calls", IGNORED, NO_KNOB, INTEGER),
-    ("prompt_cache_key safety_identifier", IGNORED, NO_KNOB, STRING),
-    ("service_tier truncation", IGNORED, NO_KNOB, STRING),
-    ("stream_options", IGNORED, "usage is always sent", OBJECT),
-    ("previous_response_id", REFUSED, NO_STORE, STRING, "previous_response_not_found"),
-    ("conversation prompt", REFUSED, NO_STORE, (str, dict)),
-    ("background", REFUSED, NO_STORE, BOOLEAN),
-)
-RESPONSE_PARAMETERS.update({name: PARAMETERS[name] for name in SHARED})
-TOOL_TYPES = table(  # of /v1/responses; all others are refused
-    ("function", HONOURED, "the client runs them"),
-    ("custom", HONOURED, "one text as input; a grammar is not enforced"),
-    ("namespace", HONOURED, "functions with a common prefix, such as MCP servers"),
-    ("web_search tool_search", IGNORED, "Codex offers them; Claude has none here"),
-)
-ITEM_TYPES = table(  # of /v1/responses; all others are refused
-    ("message", HONOURED, "turn for turn, in their native roles"),
-    ("function_call custom_tool_call", HONOURED, "a call in the assistant's turn"),
-    ("function_call_output custom_tool_call_output", HONOURED, "text, images, files"),
-    ("item_reference", HONOURED, "if one of the last answers held the item"),
-    ("reasoning", IGNORED, "signed thinking is kept here, by the id of the call"),
-)
-ECHO: Json = {  # what a response repeats of its request, and the defaults
-    "instructions": None, "max_output_tokens": None, "metadata": {},
-    "parallel_tool_calls": True, "reasoning": None, "temperature": None,
-    "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [],
-    "top_p": None, "truncation": "disabled", "previous_response_id": None,
-}  # fmt: skip
+STRING = (str,)
+INTEGER = (int,)
+NUMBER = (int, float)
+BOOLEAN = (bool,)
+ARRAY = (list,)
+OBJECT = (dict,)
+NO_SUCH_SETTING = "Claude Code has no such setting"
+NOT_STORED = "it is not stored"
+
+CHAT_PARAMETERS = {
+    "model": Row(HONOURED, "see Models", STRING),
+    "messages": Row(HONOURED, "turn for turn, in their native roles", ARRAY),
+    "stream": Row(HONOURED, "server-sent events", BOOLEAN),
+    "stream_options": Row(HONOURED, "`include_usage`", OBJECT),
+    "max_tokens": Row(HONOURED, "at least 1", INTEGER),
+    "max_completion_tokens": Row(
+        HONOURED, "at least 1; takes precedence over `max_tokens`", INTEGER
+    ),
+    "stop": Row(
+        HONOURED, "1 to 4 strings; the answer ends at the first match", (str, list)
+    ),
+    "n": Row(HONOURED, "1 to 8; each choice needs a CLI process", INTEGER),
+    "tools": Row(HONOURED, "functions; the client runs them", ARRAY),
+    "tool_choice": Row(
+        HONOURED, "none, auto, required, one function, allowed_tools", (str, dict)
+    ),
+    "parallel_tool_calls": Row(HONOURED, "false: at most one call", BOOLEAN),
+    "response_format": Row(HONOURED, "text, json_object, json_schema", OBJECT),
+    "reasoning_effort": Row(HONOURED, "none to max", STRING),
+    "temperature": Row(IGNORED, NO_SUCH_SETTING, NUMBER),
+    "top_p": Row(IGNORED, NO_SUCH_SETTING, NUMBER),
+    "presence_penalty": Row(IGNORED, NO_SUCH_SETTING, NUMBER),
+    "frequency_penalty": Row(IGNORED, NO_SUCH_SETTING, NUMBER),
+    "seed": Row(IGNORED, NO_SUCH_SETTING, INTEGER),
+    "logit_bias": Row(IGNORED, NO_SUCH_SETTING, OBJECT),
+    "user": Row(IGNORED, NO_SUCH_SETTING, STRING),
+    "metadata": Row(IGNORED, NOT_STORED, OBJECT),
+    "store": Row(IGNORED, "chat completions are not stored", BOOLEAN),
+    "logprobs": Row(REFUSED, "Claude returns no log probabilities", (bool, int)),
+    "top_logprobs": Row(REFUSED, "Claude returns no log probabilities", (bool, int)),
+    "modalities": Row(REFUSED, "answers are text", (list, dict)),
+    "audio": Row(REFUSED, "answers are text", (list, dict)),
+    "functions": Row(REFUSED, "use `tools`", (list, str, dict)),
+    "function_call": Row(REFUSED, "use `tool_choice`", (list, str, dict)),
+    "web_search_options": Row(REFUSED, "there is no web search here", OBJECT),
+}
+SHARED_PARAMETERS = [
+    "model",
+    "stream",
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "temperature",
+    "top_p",
+    "user",
+    "metadata",
+    "top_logprobs",
+]
+RESPONSE_PARAMETERS = {
+    "input": Row(HONOURED, "a text, or items turn for turn", (str, list)),
+    "instructions": Row(HONOURED, "the first system text", STRING),
+    "previous_response_id": Row(
+        HONOURED, "continues a recent response; see Limitations", STRING
+    ),
+    "store": Row(HONOURED, "false: the response can't be continued by id", BOOLEAN),
+    "text": Row(HONOURED, "`format`: text, json_object, json_schema", OBJECT),
+    "reasoning": Row(
+        HONOURED, "`effort`; any `summary` returns Claude's thinking", OBJECT
+    ),
+    "max_output_tokens": Row(HONOURED, "at least 1", INTEGER),
+    "include": Row(IGNORED, NO_SUCH_SETTING, ARRAY),
+    "max_tool_calls": Row(IGNORED, NO_SUCH_SETTING, INTEGER),
+    "prompt_cache_key": Row(IGNORED, NO_SUCH_SETTING, STRING),
+    "safety_identifier": Row(IGNORED, NO_SUCH_SETTING, STRING),
+    "service_tier": Row(IGNORED, NO_SUCH_SETTING, STRING),
+    "truncation": Row(IGNORED, NO_SUCH_SETTING, STRING),
+    "stream_options": Row(IGNORED, "usage is always sent", OBJECT),
+    "conversation": Row(REFUSED, "use `previous_response_id`", (str, dict)),
+    "prompt": Row(REFUSED, "there are no stored prompts here", (str, dict)),
+    "background": Row(REFUSED, "responses are answered at once", BOOLEAN),
+    **{name: CHAT_PARAMETERS[name] for name in SHARED_PARAMETERS},
+}
+TOOL_TYPES = {  # of /v1/responses; all others are refused
+    "function": Row(HONOURED, "the client runs them"),
+    "custom": Row(HONOURED, "one text as input; a grammar is not enforced"),
+    "namespace": Row(HONOURED, "functions with a common prefix, such as MCP servers"),
+    "web_search": Row(IGNORED, "accepted because Codex sends it; there is no search"),
+    "tool_search": Row(
+        IGNORED, "accepted because Codex sends it; all tools are offered"
+    ),
+}
+ITEM_TYPES = {  # of /v1/responses; all others are left out, as `reasoning` is
+    "message": Row(HONOURED, "turn for turn, in their native roles"),
+    "agent_message": Row(HONOURED, "a text for the user's turn, from another agent"),
+    "function_call": Row(HONOURED, "a call in the assistant's turn"),
+    "custom_tool_call": Row(HONOURED, "a call in the assistant's turn"),
+    "function_call_output": Row(HONOURED, "text, images, files"),
+    "custom_tool_call_output": Row(HONOURED, "text, images, files"),
+    "item_reference": Row(HONOURED, "if the item is from a recent answer"),
+    "reasoning": Row(IGNORED, "the server remembers signed thinking itself"),
+    "compaction_trigger": Row(REFUSED, "there is no compaction here"),
+}
+# Request fields that a response repeats, with their defaults.
+ECHOED_FIELDS: Json = {
+    "instructions": None,
+    "max_output_tokens": None,
+    "max_tool_calls": None,
+    "metadata": {},
+    "parallel_tool_calls": True,
+    "previous_response_id": None,
+    "prompt_cache_key": None,
+    "reasoning": {},
+    "safety_identifier": None,
+    "temperature": 1.0,
+    "text": {},
+    "tool_choice": "auto",
+    "tools": [],
+    "top_p": 1.0,
+    "truncation": "disabled",
+}
 
 
-class QueryOptions(NamedTuple):
-    """What a process is sent with the last turn. `tool_choice` is the Messages API's,
-    as JSON. "" and 0 leave the CLI its default."""
+@dataclasses.dataclass(frozen=True)
+class QueryOptions:
+    """Settings that are sent together with the last turn. `tool_choice` is the Messages
+    API's, as JSON. An empty text or 0 leaves the CLI its default."""
 
     effort: str = ""
     thinking: bool = True
@@ -378,686 +1222,1133 @@ class QueryOptions(NamedTuple):
     tool_choice: str = ""
 
 
-class Setup(NamedTuple):
-    """What `initialize` gives a process, once: a second one would not replace it."""
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What the CLI is sent. `turns` are messages of the Messages API, the last one the
+    user's; `tools` are as MCP lists them."""
 
-    system: str = ""
-    tools: Tuple[Json, ...] = ()  # as MCP lists them
+    model: str
+    system: str
+    tools: list[Json]
+    turns: list[Json]
+    options: QueryOptions
 
 
-Names = Dict[str, str]  # a name at the API -> the client's
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How the CLI's output is read. `tool_names` maps the names of the tools at the API
+    to the client's. The input of `wrapped_tools` is the value of WRAPPER_KEY; that of
+    `text_tools`, which are among them, is a text. `stop` are the stop strings."""
+
+    tool_names: dict[str, str] = dataclasses.field(default_factory=dict)
+    wrapped_tools: frozenset[str] = frozenset()
+    text_tools: frozenset[str] = frozenset()
+    stop: tuple[str, ...] = ()
 
 
-class Ask(NamedTuple):
-    """All that one request asks for. `requested` is the client's name of the model,
-    `model` the CLI's. `turns` are Messages API messages, the last one a user's. `names`
-    are those of the tools, `wrapped` those (at the API) whose input is in WRAPPED. For
-    /v1/responses: `summary`, whether to show thoughts; `origins`, the fields of a
-    call's item by the tool's name; `echo`, see ECHO.
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What the client wants back.
+
+    `model` is the client's name for it; `choices` is `n`. `ignored_kinds` are kinds of
+    content in the history that were left out. For /v1/responses: `show_reasoning`,
+    whether to return Claude's thinking; `call_fields`, the fields of a call's item, by
+    the tool's name; `echo`, the fields of the response that repeat the request;
+    `store`, whether the response may be continued by its id; `input_items`, what the
+    request added to the conversation.
     """
 
-    requested: str
     model: str
-    options: QueryOptions
-    setup: Setup
-    turns: List[Json]
-    names: Names = {}
-    wrapped: Set[str] = set()
     stream: bool = False
+    choices: int = 1
     include_usage: bool = False
-    stops: Tuple[str, ...] = ()
-    n: int = 1
-    summary: bool = False
-    origins: Dict[str, Json] = {}
-    echo: Json = {}
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether a next turn is likely: of a chat, or of an agent's tool loop."""
-        return self.n == 1 and (len(self.turns) > 1 or bool(self.setup.tools))
+    ignored_kinds: tuple[str, ...] = ()
+    show_reasoning: bool = False
+    call_fields: dict[str, Json] = dataclasses.field(default_factory=dict)
+    echo: Json = dataclasses.field(default_factory=dict)
+    store: bool = False
+    input_items: list[Json] = dataclasses.field(default_factory=list)
 
 
-class Thought(NamedTuple):
-    """An answer with tool calls: the model that was asked for, the one that signed the
-    thinking (it is good for that one alone), and all blocks in their order."""
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A parsed request of either endpoint."""
+
+    prompt: Prompt
+    decoding: Decoding
+    output: Output
+
+
+class SignedAnswer(NamedTuple):
+    """The blocks of an answer with tool calls. The API wants them back unchanged; their
+    signature is valid only for the model that signed it. `model` is the one that was
+    asked for, by the CLI's name."""
 
     model: str
-    signer: str
-    blocks: List[Json]
+    signed_by: str
+    blocks: list[Json]
 
 
-# What is kept of the last answers: a Thought by the id of the answer's first tool call;
-# a text by the id of its item of /v1/responses.
-Memory = Dict[str, Any]
+class StoredResponse(NamedTuple):
+    """What a response added to its conversation: the items of its request and of its
+    answer. `previous_id` is the response before it."""
+
+    previous_id: str | None
+    items: list[Json]
 
 
-def parse_json(raw: bytes) -> Any:
-    """JSON in UTF-8 (RFC 8259), without NaN and numbers beyond a float. Half of a
-    surrogate pair becomes U+FFFD, for the API refuses it. Raises APIError 400, and
-    RecursionError if it is nested too deeply."""
+class AnswerCache:
+    """What later requests need of past answers, in memory, the oldest forgotten first.
 
-    def finite(digits: str) -> float:
-        if math.isfinite(float(digits)):
-            return float(digits)
-        raise ValueError(digits)
+    Three tables: the signed answers by the id of each of their calls, the texts of
+    items by the item's id, and responses by their id. Together they hold at most
+    `max_bytes` of JSON. `lock` guards all fields. Nothing is waited for while it is
+    held.
+    """
 
-    try:
-        text = raw.decode("utf-8-sig")
-        value = json.loads(text, parse_constant=finite, parse_float=finite)
-    except ValueError:
-        raise APIError(400, "The request body is not valid JSON in UTF-8.") from None
-    if re.search(rb"\\u[dD][89a-fA-F]", raw):
-        text = json.dumps(value, ensure_ascii=False)
-        value = json.loads(re.sub("[\ud800-\udfff]", "\ufffd", text))
-    return value
+    def __init__(self, max_bytes: int = MAX_REMEMBERED_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self.lock = threading.Lock()
+        self.signed_answers: dict[str, SignedAnswer] = {}
+        self.item_texts: dict[str, str] = {}
+        self.responses: dict[str, StoredResponse] = {}
+        self.entries: collections.deque[tuple[dict[str, Any], list[str], int]]
+        self.entries = collections.deque()  # (table, keys, size), the oldest first
+        self.size = 0
 
+    def add_signed_answer(self, call_ids: list[str], answer: SignedAnswer) -> None:
+        size = len(json.dumps(answer.blocks))
+        self.add(self.signed_answers, call_ids, answer, size)
 
-KINDS = {
-    str: "a string", int: "an integer", float: "a number", bool: "a boolean",
-    list: "an array", dict: "an object", type(None): "null",
-}  # fmt: skip
+    def add_item_text(self, item_id: str, text: str) -> None:
+        self.add(self.item_texts, [item_id], text, len(text))
 
+    def add_response(self, response_id: str, response: StoredResponse) -> None:
+        size = len(json.dumps(response.items))
+        self.add(self.responses, [response_id], response, size)
 
-class Field:
-    """A value in the request, and its path there: what an error calls `param`."""
+    def add(
+        self, table: dict[str, Any], keys: list[str], value: Any, size: int
+    ) -> None:
+        """Store `value` under each of `keys`, and forget the oldest entries."""
+        with self.lock:
+            for key in keys:
+                table[key] = value
+            self.entries.append((table, keys, size))
+            self.size += size
+            while self.size > self.max_bytes:
+                old_table, old_keys, old_size = self.entries.popleft()
+                for key in old_keys:
+                    old_table.pop(key, None)
+                self.size -= old_size
 
-    def __init__(self, value: Any, path: str = ""):
-        self.value, self.path = value, path
+    def find_signed_answer(self, call_ids: Iterable[str]) -> SignedAnswer | None:
+        with self.lock:
+            for call_id in call_ids:
+                if call_id in self.signed_answers:
+                    return self.signed_answers[call_id]
+        return None
 
-    def __getitem__(self, key: str) -> Field:
-        """A member of an object; null if it, or the object, is absent or null."""
-        path = f"{self.path}.{key}" if self.path else key
-        return Field((self.may(dict) or {}).get(key), path)
+    def find_item_text(self, item_id: str) -> str | None:
+        with self.lock:
+            return self.item_texts.get(item_id)
 
-    def __iter__(self) -> Iterator[Field]:
-        """The elements of an array; none if it is null."""
-        for i, value in enumerate(self.may(list) or ()):
-            yield Field(value, f"{self.path}[{i}]")
-
-    def want(self, *kinds: type) -> Any:
-        """The value, checked. Raises APIError 400 if it has none of these types."""
-        if type(self.value) in kinds:
-            return self.value
-        wanted, got = " or ".join(map(KINDS.get, kinds)), KINDS[type(self.value)]
-        raise self.error(f"must be {wanted}, not {got}.", "invalid_type")
-
-    def may(self, *kinds: type) -> Any:
-        """The same; None if it is null."""
-        return None if self.value is None else self.want(*kinds)
-
-    def error(self, problem: str, code: Optional[str] = None) -> APIError:
-        return APIError(400, f"'{self.path}' {problem}", code, self.path)
-
-
-def type_of(holder: Field, known: Iterable[str], default: str = "") -> str:
-    """The member `type`. Raises APIError 400 if it is not in `known`."""
-    kind = holder["type"].may(str) or default
-    if kind not in known:
-        problem = f"must be one of {', '.join(known)}, not '{kind[:50]}'."
-        raise holder["type"].error(problem, "unsupported_type")
-    return kind
-
-
-def parse_chat(raw: Any, memory: Memory) -> Ask:
-    """A chat completion request -> Ask. Raises APIError 400 or 404."""
-    body = parse_parameters(raw, PARAMETERS, "messages")
-    script = Transcript()
-    for message in body["messages"]:
-        script.add_message(message)
-    for tool in body["tools"]:
-        type_of(tool, ("function",), "function")
-    return make_ask(
-        body, script, memory,
-        functions=[tool["function"] for tool in body["tools"]],
-        schema=format_schema(body["response_format"]),
-        effort=body["reasoning_effort"],
-        tokens=bounded(body["max_completion_tokens"]) or bounded(body["max_tokens"]),
-    )._replace(
-        include_usage=bool(body["stream_options"]["include_usage"].may(bool)),
-        stops=parse_stops(body["stop"]),
-        n=bounded(body["n"], MAX_CHOICES) or 1,
-    )  # fmt: skip
+    def find_conversation(self, response_id: str) -> list[Json] | None:
+        """All items of the conversation up to this response, the oldest first; None if
+        one of its responses is not known."""
+        parts: list[list[Json]] = []
+        next_id: str | None = response_id
+        with self.lock:
+            while next_id is not None:
+                response = self.responses.get(next_id)
+                if response is None:
+                    return None
+                parts.append(response.items)
+                next_id = response.previous_id
+        return [item for part in reversed(parts) for item in part]
 
 
-def parse_parameters(raw: Any, rows: Dict[str, Row], needed: str) -> Field:
-    """The request's body, checked against `rows`. Other names are ignored.
-    Raises APIError 400, and 404 for the model."""
+class Context(NamedTuple):
+    """What a request may refer to beyond its own body."""
+
+    models: ModelCatalog
+    cache: AnswerCache
+
+
+def parse_chat(raw: Any, context: Context) -> Request:
+    """Parse a chat completion request. Raises APIError 400 or 404."""
+    body = parse_parameters(raw, CHAT_PARAMETERS, context.models)
+    if not body.get("messages").value:
+        raise body.get("messages").error("is missing, or empty.")
+    builder = ConversationBuilder()
+    for message in body.get("messages").items():
+        builder.add_message(message)
+    functions = []
+    for tool in body.get("tools").items():
+        checked_type(tool, ("function",), "function")
+        functions.append(tool.get("function"))
+    max_tokens = positive_int(body.get("max_completion_tokens"))
+    if not max_tokens:
+        max_tokens = positive_int(body.get("max_tokens"))
+    plan = RequestPlan(
+        body=body,
+        builder=builder,
+        tools=parse_functions(functions),
+        answer_schema=chat_answer_schema(body.get("response_format")),
+        effort=body.get("reasoning_effort"),
+        max_tokens=max_tokens,
+        stop=parse_stop(body.get("stop")),
+    )
+    include_usage = body.get("stream_options").get("include_usage").optional(bool)
+    output = Output(
+        model=body.get("model").value,
+        stream=bool(body.get("stream").value),
+        choices=positive_int(body.get("n"), MAX_CHOICES) or 1,
+        include_usage=bool(include_usage),
+        ignored_kinds=tuple(builder.ignored_kinds),
+    )
+    return build_request(plan, output, context)
+
+
+def parse_response(raw: Any, context: Context) -> Request:
+    """Parse a request of /v1/responses. Raises APIError 400 or 404."""
+    body = parse_parameters(raw, RESPONSE_PARAMETERS, context.models)
+    if body.get("input").value is None:
+        raise body.get("input").error("is missing.")
+    builder = ConversationBuilder()
+    instructions = body.get("instructions")
+    if instructions.value is not None:
+        builder.add_system(parse_content(instructions, TEXT_PARTS))
+    previous_items = find_previous_items(body.get("previous_response_id"), context)
+    for item in JsonValue(previous_items, "previous_response_id").items():
+        add_item(builder, item, context.cache)
+    input_items = body.get("input").value
+    if type(input_items) is str:
+        input_items = [{"role": "user", "content": input_items}]
+    for item in JsonValue(input_items, "input").items():
+        add_item(builder, item, context.cache)
+    functions, call_fields = response_functions(body.get("tools"))
+    plan = RequestPlan(
+        body=body,
+        builder=builder,
+        tools=parse_functions(functions),
+        answer_schema=response_answer_schema(body.get("text").get("format")),
+        effort=body.get("reasoning").get("effort"),
+        max_tokens=positive_int(body.get("max_output_tokens")),
+    )
+    output = Output(
+        model=body.get("model").value,
+        stream=bool(body.get("stream").value),
+        ignored_kinds=tuple(builder.ignored_kinds),
+        show_reasoning=bool(body.get("reasoning").get("summary").optional(str)),
+        call_fields=call_fields,
+        echo=echoed_fields(raw),
+        store=body.get("store").value is not False,
+        input_items=input_items,
+    )
+    return build_request(plan, output, context)
+
+
+def parse_parameters(raw: Any, rows: dict[str, Row], models: ModelCatalog) -> JsonValue:
+    """The request's body, with its parameters checked against `rows`, in the order of
+    the body. Unknown parameters are ignored. Raises APIError 400, or 404 for the model.
+    """
     if type(raw) is not dict:
         raise APIError(400, "The request body must be a JSON object.")
-    body = Field(raw)
-    for name in raw.keys() & rows.keys():
-        row, field = rows[name], body[name]
-        if field.may(*row.kinds) not in (None, *HARMLESS) and row.use == REFUSED:
-            raise field.error(f"is not supported: {row.why}.", row.code)
-    cli_model(body["model"].want(str))
-    if not raw.get(needed):
-        raise body[needed].error("is missing, or empty.")
+    body = JsonValue(raw)
+    for name in raw:
+        row = rows.get(name)
+        if row is None:
+            continue
+        parameter = body.get(name)
+        value = parameter.optional(*row.types)
+        if value is None:
+            continue
+        if row.treatment == REFUSED and value not in DEFAULT_VALUES:
+            raise parameter.error(f"is not supported: {row.reason}.", row.code)
+        if name == "model":
+            models.find(value)
+    body.get("model").require(str)
     return body
 
 
-def parse_response(raw: Any, memory: Memory) -> Ask:
-    """A request of /v1/responses -> Ask. Raises APIError 400 or 404."""
-    body = parse_parameters(raw, RESPONSE_PARAMETERS, "input")
-    echo = {k: v if raw.get(k) is None else raw[k] for k, v in ECHO.items()}
-    script, items = Transcript(), body["input"]
-    if body["instructions"].value is not None:
-        script.add_system(parse_parts(body["instructions"], TEXT))
-    if type(items.value) is str:
-        items = Field([{"role": "user", "content": items.value}], "input")
-    for item in items:
-        add_item(script, item, memory)
-    functions, origins = response_functions(body["tools"])
-    return make_ask(
-        body, script, memory, functions,
-        schema=format_schema(body["text"]["format"]),
-        effort=body["reasoning"]["effort"],
-        tokens=bounded(body["max_output_tokens"]),
-    )._replace(
-        summary=bool(body["reasoning"]["summary"].may(str)), origins=origins, echo=echo,
-    )  # fmt: skip
+def positive_int(value: JsonValue, maximum: int = MAX_TOKENS) -> int:
+    """An integer from 1 to `maximum`; 0 if it is null. Raises APIError 400."""
+    number = value.optional(int)
+    if number is None:
+        return 0
+    if not 1 <= number <= maximum:
+        raise value.error(f"must be between 1 and {maximum}.")
+    return int(number)
 
 
-def make_ask(
-    body: Field, script: Transcript, memory: Memory, functions: List[Field],
-    schema: Optional[Schema], effort: Field, tokens: int,
-) -> Ask:  # fmt: skip
-    """The Ask of either endpoint. `schema`: what the answer must match, if anything;
-    `effort`: OpenAI's word; `tokens`: the most it may take, or 0."""
-    model = cli_model(body["model"].value)
-    tools, names, wrapped = parse_tools(functions)
-    choice = parse_choice(body, names)
-    called = [] if tools else script.called()
-    if called:  # the API wants every called tool defined
-        tools, choice = [mcp_tool(name, "", {}) for name in called], {"type": "none"}
-    if schema is not None and choice.get("type") not in ("any", "tool"):
-        tools.append(mcp_tool(STRUCTURED_OUTPUT, STRUCTURED_TEXT, schema[0]))
-        wrapped.update({STRUCTURED_OUTPUT} if schema[1] else ())
-        only = {"type": "tool", "name": STRUCTURED_OUTPUT}
-        choice = {"type": "any"} if names and choice.get("type") != "none" else only
-        choice["disable_parallel_tool_use"] = True
-    script.recall(memory, model, wrapped)
-    script.finish()
-    options = parse_options(model, choice, effort, tokens, is_unsigned(script.turns))
-    return Ask(
-        body["model"].value, model, options,
-        Setup("\n\n".join(script.system), tuple(tools)), script.turns,
-        names, wrapped, stream=bool(body["stream"].value),
-    )  # fmt: skip
+def parse_stop(value: JsonValue) -> tuple[str, ...]:
+    """The stop strings. An empty one is dropped: it would match everywhere."""
+    if type(value.value) is str:
+        strings = [value]
+    else:
+        strings = list(value.items())
+    if len(strings) > 4:  # OpenAI's limit
+        raise value.error("must not have more than 4 strings.")
+    return tuple(string.value for string in strings if string.require(str))
 
 
-def parse_options(
-    model: str, choice: Json, effort: Field, tokens: int, unsigned: bool
-) -> QueryOptions:
-    """`choice` is the Messages API's tool_choice; `unsigned`: see is_unsigned()."""
-    if effort.may(str) not in EFFORTS:
-        raise effort.error(f"must be one of {', '.join(filter(None, EFFORTS))}.")
-    thinking = not (
-        effort.value == "none"
-        or choice.get("type") in ("any", "tool")  # the API refuses both together
-        or 0 < tokens < MIN_THINKING_TOKENS
-        or (BUDGET_MODEL.search(model) and (unsigned or 0 < tokens < MIN_BUDGET_TOKENS))
-    )
-    as_json = json.dumps(choice) if choice else ""
-    return QueryOptions(EFFORTS[effort.value], thinking, tokens, as_json)
+def find_previous_items(response_id: JsonValue, context: Context) -> list[Json]:
+    """The conversation that `previous_response_id` continues. Raises APIError 400."""
+    if response_id.value is None:
+        return []
+    items = context.cache.find_conversation(response_id.value)
+    if items is None:
+        message = (
+            f"Previous response with id '{response_id.value[:100]}' not found. The "
+            "server keeps recent responses in memory only: send the whole conversation "
+            "as `input`, without `previous_response_id`."
+        )
+        code = "previous_response_not_found"
+        raise APIError(400, message, code, "previous_response_id")
+    return items
 
 
-def cli_model(name: str) -> str:
-    """A client's model name -> what the CLI takes for --model. Raises APIError 404."""
-    short = name.rsplit("/", 1)[-1]  # openai/…, anthropic/…: routers' prefixes
-    model = MODELS.get(short, short)
-    if model in MODELS.values() or MODEL_ID.fullmatch(model):
-        return model
-    message = f"No model '{name[:100]}': use {', '.join(KNOWN_MODELS)} or a full id."
-    raise APIError(404, message, "model_not_found", "model")
+def echoed_fields(raw: Json) -> Json:
+    """The fields of a response that repeat its request, completed by their defaults as
+    OpenAI's are."""
+    echo = dict(ECHOED_FIELDS)
+    for name in echo:
+        if raw.get(name) is not None:
+            echo[name] = raw[name]
+    echo["text"] = {"format": {"type": "text"}, **echo["text"]}
+    if echo["text"]["format"] is None:
+        echo["text"]["format"] = {"type": "text"}
+    echo["reasoning"] = {"effort": None, "summary": None, **echo["reasoning"]}
+    echo["tools"] = [echoed_tool(tool) for tool in echo["tools"]]
+    return echo
 
 
-def bounded(field: Field, most: int = MAX_TOKENS) -> int:
-    """An integer from 1 to `most`; 0 if it is null."""
-    if field.value is not None and not 1 <= field.value <= most:
-        raise field.error(f"must be between 1 and {most}.")
-    return field.value or 0
+def echoed_tool(tool: Json) -> Json:
+    if tool.get("type") != "function":
+        return tool
+    return {"description": None, "parameters": None, "strict": False, **tool}
 
 
-def parse_stops(field: Field) -> Tuple[str, ...]:
-    stops = [field] if type(field.value) is str else list(field)
-    if len(stops) > 4:  # OpenAI's limit
-        raise field.error("may hold at most 4 strings.")
-    return tuple(stop.value for stop in stops if stop.want(str))  # "" matches anywhere
+def answer_schema(schema_type: str, schema: JsonValue) -> ToolSchema | None:
+    """The JSON schema that the answer must match; None for a text."""
+    if schema_type == "json_schema":
+        schema.require(dict)
+        return to_tool_schema(schema)
+    if schema_type == "json_object":
+        return ToolSchema({"additionalProperties": True}, False)
+    return None
 
 
-def format_schema(form: Field) -> Optional[Schema]:
-    """A format -> the JSON schema that the answer must match, if any."""
-    if form.value is None:
+ANSWER_FORMATS = ("text", "json_object", "json_schema")
+
+
+def chat_answer_schema(response_format: JsonValue) -> ToolSchema | None:
+    """`response_format` of chat completions: the schema is in its `json_schema`."""
+    if response_format.value is None:
         return None
-    kind = type_of(form, ("text", "json_object", "json_schema"))
-    if kind == "json_schema":
-        holder = form if form.path == "text.format" else form["json_schema"]
-        holder["schema"].want(dict)
-        return object_schema(holder["schema"])
-    return ({"additionalProperties": True}, False) if kind == "json_object" else None
+    schema_type = checked_type(response_format, ANSWER_FORMATS)
+    return answer_schema(schema_type, response_format.get("json_schema").get("schema"))
 
 
-# Tools. The Messages API is strict where clients are not. The CLI drops *all* tools of
-# a server in silence if it does not like one schema.
+def response_answer_schema(text_format: JsonValue) -> ToolSchema | None:
+    """`text.format` of /v1/responses: the schema is one of its members."""
+    if text_format.value is None:
+        return None
+    schema_type = checked_type(text_format, ANSWER_FORMATS)
+    return answer_schema(schema_type, text_format.get("schema"))
 
-# Our tool whose arguments are the answer's content, where no call of a client's tool is
-# forced. (The CLI has its own, for `jsonSchema`. It drops that in silence for a schema
-# with a keyword that it does not know.)
+
+class RequestPlan(NamedTuple):
+    """The parts of a request that both endpoints have, before they are put together."""
+
+    body: JsonValue
+    builder: ConversationBuilder
+    tools: ToolSet
+    answer_schema: ToolSchema | None
+    effort: JsonValue
+    max_tokens: int  # 0: no limit
+    stop: tuple[str, ...] = ()
+
+
+def build_request(plan: RequestPlan, output: Output, context: Context) -> Request:
+    """Put a request together. Raises APIError 400 or 404."""
+    model = context.models.find(output.model).cli_name
+    tools = plan.tools
+    tool_choice = parse_tool_choice(plan.body, tools)
+    called_tools = plan.builder.called_tool_names()
+    if called_tools and not tools.mcp_tools:
+        # The API requires a definition of every tool that the history calls.
+        for name in called_tools:
+            tools.add_uncallable(name)
+        tool_choice = {"type": "none"}
+    if plan.answer_schema is not None:
+        tool_choice = add_structured_output(tools, plan.answer_schema, tool_choice)
+    turns = plan.builder.finish()
+    prepare_history(turns, tools.wrapped, model, context.cache)
+    prompt = Prompt(
+        model=model,
+        system="\n\n".join(plan.builder.system),
+        tools=tools.mcp_tools,
+        turns=turns,
+        options=query_options(plan, model, tool_choice, turns),
+    )
+    decoding = Decoding(
+        tool_names=tools.names,
+        wrapped_tools=frozenset(tools.wrapped),
+        text_tools=frozenset(tools.text_tools),
+        stop=plan.stop,
+    )
+    return Request(prompt, decoding, output)
+
+
+def query_options(
+    plan: RequestPlan, model: str, tool_choice: Json, turns: list[Json]
+) -> QueryOptions:
+    """`tool_choice` is the Messages API's. Raises APIError 400 for the effort."""
+    effort = plan.effort.optional(str)
+    if effort is None:
+        effort = ""
+    if effort not in EFFORT_LEVELS:
+        choices = ", ".join(name for name in EFFORT_LEVELS if name)
+        raise plan.effort.error(f"must be one of {choices}.")
+    return QueryOptions(
+        effort=EFFORT_LEVELS[effort],
+        thinking=allows_thinking(model, effort, plan.max_tokens, tool_choice, turns),
+        max_tokens=plan.max_tokens,
+        tool_choice=json.dumps(tool_choice) if tool_choice else "",
+    )
+
+
+def allows_thinking(
+    model: str, effort: str, max_tokens: int, tool_choice: Json, turns: list[Json]
+) -> bool:
+    """Whether the model may think before it answers."""
+    if effort == "none":
+        return False
+    if tool_choice.get("type") in ("any", "tool"):
+        return False  # the API refuses thinking together with a forced tool call
+    if 0 < max_tokens < MIN_THINKING_TOKENS:
+        return False
+    if BUDGET_MODEL.search(model):
+        if 0 < max_tokens < MIN_BUDGET_TOKENS:
+            return False  # the CLI would give thinking all tokens but one
+        if continues_unsigned_loop(turns):
+            return False
+    return True
+
+
+# Tools.
+
+# Structured output: we add this tool and make the model call it; its arguments are the
+# answer. (The CLI's own `jsonSchema` silently ignores schemas with keywords that it
+# does not know.)
 STRUCTURED_OUTPUT = "StructuredOutput"
-STRUCTURED_TEXT = "Give your final response as the arguments of this tool."
-# Names that mean something to the CLI. It edits inputs of the last two in the history.
-RESERVED = {STRUCTURED_OUTPUT, "ToolSearch", "ExitPlanMode", "Edit"}
+STRUCTURED_OUTPUT_DESCRIPTION = (
+    "Give your final response as the arguments of this tool."
+)
+# Tool names that the CLI treats specially. It edits the inputs of the last two in the
+# history.
+RESERVED_TOOL_NAMES = {STRUCTURED_OUTPUT, "ToolSearch", "ExitPlanMode", "Edit"}
 API_NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
-API_PROPERTY = re.compile(r"[a-zA-Z0-9_.-]{1,64}")  # at the top of a schema
-# The property that holds the whole input of a tool whose own schema can't stand at the
-# top, or is a text. It is put around the inputs in the history, and taken off a call
-# where the model has put it.
-WRAPPED = "input"
-
-Schema = Tuple[Json, bool]  # a JSON schema, and whether it is that of a wrapped input
 
 
 def api_name(name: str) -> str:
-    """The name that the Messages API accepts for a tool or call id."""
-    if API_NAME.fullmatch(name) and name not in RESERVED:
+    """The name for a tool, or the id for a call, that the Messages API accepts."""
+    if API_NAME.fullmatch(name) and name not in RESERVED_TOOL_NAMES:
         return name
-    digest = binascii.crc32(name.encode("utf-8", "replace"))
-    return re.sub(r"[^a-zA-Z0-9_-]", "_", name)[:50] + f"_{digest:08x}"
+    checksum = binascii.crc32(name.encode("utf-8", "replace"))
+    return re.sub(r"[^a-zA-Z0-9_-]", "_", name)[:50] + f"_{checksum:08x}"
 
 
-def response_functions(tools: Field) -> Tuple[List[Field], Dict[str, Json]]:
-    """The tools of /v1/responses -> functions, and Ask.origins."""
-    functions, origins = [], {}
-    for tool in tools:
-        kind, name = type_of(tool, TOOL_TYPES), tool["name"].may(str)
-        if kind == "function":
-            functions.append(tool)
-        elif kind == "custom":
-            text = {"type": "string", "description": json.dumps(tool["format"].value)}
-            functions.append(Field({**tool.value, "parameters": wrap(text)}, tool.path))
-            origins[name] = {"type": "custom_tool_call", "name": name}
-        for inner in tool["tools"] if kind == "namespace" else ():
-            own, space = inner["name"].want(str), tool["name"].want(str)
-            whole = {**inner.value, "name": f"{space}__{own}", "type": "function"}
-            functions.append(Field(whole, inner.path))
-            origins[whole["name"]] = {"name": own, "namespace": space}
-    return functions, origins
+@dataclasses.dataclass
+class ToolSet:
+    """The tools of a request: as MCP lists them, and the fields of Decoding."""
+
+    mcp_tools: list[Json] = dataclasses.field(default_factory=list)
+    names: dict[str, str] = dataclasses.field(default_factory=dict)
+    wrapped: set[str] = dataclasses.field(default_factory=set)
+    text_tools: set[str] = dataclasses.field(default_factory=set)
+
+    def add_function(self, function: JsonValue) -> None:
+        """Add {name, description?, parameters?}. One that is declared twice alike
+        counts once. Raises APIError 400."""
+        client_name = function.get("name").require(str)
+        if not client_name:
+            raise function.get("name").error("must not be empty.")
+        name = api_name(client_name)
+        description = function.get("description").optional(str)
+        schema = to_tool_schema(function.get("parameters"))
+        tool = mcp_tool(name, description or "", schema.json)
+        if name in self.names:
+            if tool in self.mcp_tools:
+                return
+            raise function.get("name").error(f"is used twice: '{client_name[:100]}'.")
+        self.names[name] = client_name
+        self.mcp_tools.append(tool)
+        if schema.is_wrapped:
+            self.wrapped.add(name)
+        if function.get("type").value == "custom":
+            self.wrapped.add(name)
+            self.text_tools.add(name)
+
+    def add_uncallable(self, name: str) -> None:
+        """Add a tool that the history calls, but the request does not offer."""
+        self.mcp_tools.append(mcp_tool(name, "", {}))
+
+    def keep_only(self, names: set[str]) -> None:
+        """Offer only these tools, by their names at the API."""
+        self.mcp_tools = [tool for tool in self.mcp_tools if tool["name"] in names]
 
 
-def parse_tools(functions: List[Field]) -> Tuple[List[Json], Names, Set[str]]:
-    """Functions: {name, description?, parameters?} -> (the tools as MCP lists them,
-    their names, the wrapped ones)."""
-    tools, names, wrapped = [], {}, set()
+def parse_functions(functions: list[JsonValue]) -> ToolSet:
+    tools = ToolSet()
     for function in functions:
-        name = function["name"].want(str)
-        if not name or name in names.values():
-            raise function["name"].error(f"is empty or used twice: '{name[:100]}'.")
-        names[api_name(name)] = name
-        text = function["description"].may(str) or ""
-        schema, wraps = object_schema(function["parameters"])
-        tools.append(mcp_tool(api_name(name), text, schema))
-        if wraps or function["type"].value == "custom":
-            wrapped.add(api_name(name))
-    return tools, names, wrapped
+        tools.add_function(function)
+    return tools
 
 
-def mcp_tool(name: str, text: str, schema: Json) -> Json:
-    """A tool as MCP lists it. A long description moves into the schema, where no CLI
-    cuts it."""
+def mcp_tool(name: str, description: str, schema: Json) -> Json:
+    """A tool as MCP lists it. A long description is moved into the schema, where the
+    CLI does not truncate it."""
     schema = {"type": "object", **schema}
-    if len(text) > MAX_DESCRIPTION:
-        whole = filter(None, (text, schema.get("description")))
-        schema["description"] = "\n\n".join(map(str, whole))
-        text = text[:200] + "… (the whole description is in the input schema)"
-    return {"name": name, "description": text, "inputSchema": schema}
+    if len(description) > MAX_DESCRIPTION_LENGTH:
+        texts = [description]
+        if schema.get("description"):
+            texts.append(str(schema["description"]))
+        schema["description"] = "\n\n".join(texts)
+        description = description[:200]
+        description += "… (the whole description is in the input schema)"
+    return {"name": name, "description": description, "inputSchema": schema}
 
 
-COMBINATORS = ("anyOf", "oneOf", "allOf")
-NUMERIC = re.compile("m(in|ax)imum|exclusiveM(in|ax)imum|multipleOf|m(in|ax)[A-Z].*")
-JSON_TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
-
-
-def object_schema(field: Field) -> Schema:
-    """A schema as the API and the CLI accept it: an object, with no combinator and no
-    odd name of a property at the top. One that has any is wrapped.
-    Raises APIError 400 for what can't mean an object."""
-    kind = (field.may(dict) or {}).get("type")
-    if kind not in (None, "object") and not (type(kind) is list and "object" in kind):
-        raise field.error("must be a schema of type 'object'.", "invalid_schema")
-    schema = {**modern(Field(field.value or {}, field.path)), "type": "object"}
-    schema.pop("$schema", None)
-    names = schema.get("properties", {})
-    if all(map(API_PROPERTY.fullmatch, names)) and not schema.keys() & {*COMBINATORS}:
-        return schema, False
-    outer = {k: schema.pop(k) for k in ("$defs", "definitions") if k in schema}
-    here, there = r'"\$ref": "#(?!/\$defs/|/definitions/)', '"$ref": "#/properties/'
-    moved = re.sub(here, there + WRAPPED, json.dumps([schema, outer]))
-    schema, outer = json.loads(moved)
-    return {**outer, **wrap(schema)}, True
-
-
-def wrap(schema: Json) -> Json:
-    return {"type": "object", "properties": {WRAPPED: schema}, "required": [WRAPPED]}
-
-
-# The keywords of a schema that hold schemas: by name, in an array, and alone.
-BY_NAME = {"properties", "patternProperties", "$defs", "definitions"}
-IN_ARRAY = {*COMBINATORS, "prefixItems"}
-ALONE = {"items", "additionalProperties", "not"}
-
-
-def modern(field: Field) -> Json:
-    """A schema of any draft as one of JSON Schema 2020-12, at every depth: the
-    CLI drops a tool with any other. Raises APIError 400 where it means nothing."""
-    if type(field.value) is bool:
-        return {} if field.value else {"not": {}}
-    for name in field["required"]:
-        name.want(str)
-    schema = dict(field.want(dict))
-    if type(schema.get("items")) is list:  # draft 7
-        new = {"items": "prefixItems", "additionalItems": "items"}
-        schema = {new.get(key, key): value for key, value in schema.items()}
-    schema = {key: mended(key, value) for key, value in schema.items()}
-    schema = {key: value for key, value in schema.items() if value is not None}
-    field = Field(schema, field.path)
-    for key in schema.keys() & BY_NAME:
-        schema[key] = {k: modern(field[key][k]) for k in field[key].want(dict)}
-    for key in schema.keys() & IN_ARRAY:
-        schema[key] = [modern(inner) for inner in field[key]]
-    for key in schema.keys() & ALONE:
-        if type(schema[key]) is dict:
-            schema[key] = modern(field[key])
-    return schema
-
-
-def mended(key: str, value: Any) -> Any:
-    """The value of a keyword, as 2020-12 has it; None if it has no meaning there."""
-    kinds = value if type(value) is list else [value]
-    if key == "type" and any(kind not in JSON_TYPES for kind in kinds):
-        return None  # "any", "file": no JSON type
-    if key in ("type", "required") and type(value) is list:
-        return list(dict.fromkeys(value))  # each once
-    if NUMERIC.fullmatch(key) and type(value) not in (int, float):
-        return None
-    if key == "additionalProperties" and type(value) not in (bool, dict):
-        return None
-    if key == "$id" or (value == [] and key in IN_ARRAY | ALONE):
-        return None  # nothing refers to an $id, and the CLI refuses "#x"
-    return value
-
-
-def parse_choice(body: Field, names: Names) -> Json:
-    """tool_choice and parallel_tool_calls -> the Messages API's tool_choice; {} for its
-    default."""
-    field = body["tool_choice"]
-    choice: Any = "auto" if field.value is None else field.value
-    if type(choice) is dict:
-        type_of(field, ("function", "custom"), "function")
-        holder = field if "name" in choice else field["function"]
-        name = holder["name"].want(str)
-        if name not in names.values():
-            raise field.error(f"names '{name[:100]}', which is not in 'tools'.")
-        found = {"type": "tool", "name": api_name(name)}
-    elif choice not in ("none", "auto", "required"):
-        raise field.error("must be none, auto, required or a function.")
-    elif not names and choice == "required":
-        raise field.error("is only allowed with 'tools'.")
+def add_structured_output(
+    tools: ToolSet, schema: ToolSchema, tool_choice: Json
+) -> Json:
+    """Add the tool for structured output -> the tool_choice that makes the model use
+    it. If the client forces a call of its own tools, nothing is added."""
+    if tool_choice.get("type") in ("any", "tool"):
+        return tool_choice
+    tools.mcp_tools.append(
+        mcp_tool(STRUCTURED_OUTPUT, STRUCTURED_OUTPUT_DESCRIPTION, schema.json)
+    )
+    if schema.is_wrapped:
+        tools.wrapped.add(STRUCTURED_OUTPUT)
+    if tools.names and tool_choice.get("type") != "none":
+        choice: Json = {"type": "any"}
     else:
-        found = {"type": "any" if choice == "required" else choice}
-    if body["parallel_tool_calls"].value is False and choice != "none":
-        found["disable_parallel_tool_use"] = True
-    return found if names and found != {"type": "auto"} else {}
+        choice = {"type": "tool", "name": STRUCTURED_OUTPUT}
+    choice["disable_parallel_tool_use"] = True
+    return choice
 
 
-# Messages.
+def tool_type_name(name: str) -> str:
+    """The type of a tool without "_preview" and a date, such as
+    web_search_2025_08_26."""
+    return re.sub(r"(_preview)?(_\d{4}_\d{2}_\d{2})?$", "", name)
 
-BEGIN, CONTINUE = "Begin.", "Continue."  # where the API wants a user turn and has none
+
+def response_functions(tools: JsonValue) -> tuple[list[JsonValue], dict[str, Json]]:
+    """The tools of /v1/responses as functions, and Output.call_fields."""
+    functions = []
+    call_fields: dict[str, Json] = {}
+    for tool in tools.items():
+        member = tool.get("type")
+        tool_type = tool_type_name(member.require(str))
+        if tool_type not in TOOL_TYPES:
+            choices = ", ".join(TOOL_TYPES)
+            problem = f"must be one of {choices}, not '{member.value[:50]}'."
+            raise member.error(problem, "unsupported_type")
+        if tool_type == "function":
+            functions.append(tool)
+        elif tool_type == "custom":
+            functions.append(custom_tool_function(tool))
+            name = tool.get("name").require(str)
+            call_fields[name] = {"type": "custom_tool_call", "name": name}
+        elif tool_type == "namespace":
+            namespace = tool.get("name").require(str)
+            for inner in tool.get("tools").items():
+                function = namespace_function(inner, namespace)
+                functions.append(function)
+                call_fields[function.value["name"]] = {
+                    "name": inner.value["name"],
+                    "namespace": namespace,
+                }
+    return functions, call_fields
+
+
+def custom_tool_function(tool: JsonValue) -> JsonValue:
+    """A custom tool as a function whose input is one text. The model is told the
+    grammar, if there is one."""
+    text_schema = {
+        "type": "string",
+        "description": json.dumps(tool.get("format").value),
+    }
+    function = {**tool.value, "parameters": wrap_schema(text_schema)}
+    return JsonValue(function, tool.path)
+
+
+def namespace_function(tool: JsonValue, namespace: str) -> JsonValue:
+    """A function of a namespace, under its full name."""
+    name = tool.get("name").require(str)
+    function = {**tool.value, "name": namespaced(namespace, name), "type": "function"}
+    return JsonValue(function, tool.path)
+
+
+def namespaced(namespace: str, name: str) -> str:
+    return f"{namespace}__{name}"
+
+
+def parse_tool_choice(body: JsonValue, tools: ToolSet) -> Json:
+    """tool_choice and parallel_tool_calls as the Messages API's tool_choice; {} for its
+    default. Tools that `allowed_tools` leaves out are removed from `tools`. Raises
+    APIError 400."""
+    parameter = body.get("tool_choice")
+    value = parameter.value
+    if value is None:
+        value = "auto"
+    if type(value) is dict:
+        choice = parse_tool_choice_object(parameter, tools)
+    else:
+        choice = parse_tool_choice_mode(parameter, value, tools)
+    if not tools.names:
+        return {}
+    if body.get("parallel_tool_calls").value is False and choice["type"] != "none":
+        choice["disable_parallel_tool_use"] = True
+    if choice == {"type": "auto"}:
+        return {}
+    return choice
+
+
+def parse_tool_choice_mode(parameter: JsonValue, mode: Any, tools: ToolSet) -> Json:
+    if mode not in ("none", "auto", "required"):
+        raise parameter.error("must be none, auto, required or a function.")
+    if mode == "required":
+        if not tools.names:
+            raise parameter.error("is only allowed with 'tools'.")
+        return {"type": "any"}
+    return {"type": mode}
+
+
+def parse_tool_choice_object(parameter: JsonValue, tools: ToolSet) -> Json:
+    known_types = ("function", "custom", "allowed_tools")
+    choice_type = checked_type(parameter, known_types, "function")
+    if choice_type != "allowed_tools":
+        return {"type": "tool", "name": chosen_tool(parameter, tools)}
+    allowed = parameter
+    if parameter.get("allowed_tools").value is not None:  # chat completions nest it
+        allowed = parameter.get("allowed_tools")
+    mode = allowed.get("mode").optional(str)
+    names = {chosen_tool(tool, tools) for tool in allowed.get("tools").items()}
+    if not names:
+        raise allowed.get("tools").error("must name at least one tool.")
+    tools.keep_only(names)
+    return parse_tool_choice_mode(allowed.get("mode"), mode or "auto", tools)
+
+
+def chosen_tool(choice: JsonValue, tools: ToolSet) -> str:
+    """The name at the API of the tool that `choice` names: {name, namespace?}, or
+    {function: {name}}. Raises APIError 400."""
+    holder = choice
+    for key in ("function", "custom"):
+        if choice.get(key).value is not None:
+            holder = choice.get(key)
+    name = holder.get("name").require(str)
+    namespace = choice.get("namespace").optional(str)
+    if namespace:
+        name = namespaced(namespace, name)
+    if name not in tools.names.values():
+        raise choice.error(f"names '{name[:100]}', which is not in 'tools'.")
+    return api_name(name)
+
+
+# The conversation.
+
+PLACEHOLDER_FIRST_TURN = "Begin."  # where the API requires a user turn
+PLACEHOLDER_LAST_TURN = "Continue."
 
 
 def text_block(text: str) -> Json:
     return {"type": "text", "text": text}
 
 
-class Transcript:
-    """A conversation in the making: `system` texts, and `turns` in the Messages API's
-    roles.
+class OpenCall(NamedTuple):
+    """A tool call whose result has not come yet: its place in the request, and its id
+    at the API."""
 
-    Neighbours of one role are one turn. Texts without a visible character are dropped,
-    for the API refuses them. A call id must be unique in a conversation, or the CLI
-    drops the call: one that comes again gets a new one. (To the CLI `x_1` is the same
-    as `x`; `x-1` is not.)
+    function: JsonValue
+    api_id: str
+
+
+class ConversationBuilder:
+    """Builds a conversation from a client's messages: `system` texts, and `turns` in
+    the Messages API's roles.
+
+    Neighbours of one role are one turn. Blank texts are dropped, because the API
+    refuses them. A call and its result are paired by id, wherever they stand; what
+    stands between them waits behind the result, because the API wants the results of a
+    turn's calls in the very next turn. A call id must be unique in a conversation, or
+    the CLI drops the call: a repeated id is replaced by a new one. (`x-1`, not `x_1`:
+    the CLI treats `x_1` as `x`.)
     """
 
     def __init__(self) -> None:
-        self.turns: List[Json] = []
-        self.system: List[str] = []
-        self.ids: Set[str] = set()  # of calls, at the API
-        self.open: Dict[str, Tuple[Field, str]] = {}  # client's id -> (call, API's id)
+        self.system: list[str] = []
+        self.turns: list[Json] = []
+        self.ignored_kinds: set[str] = set()  # of content that was left out
+        self.api_ids: set[str] = set()  # of calls
+        self.open_calls: dict[str, OpenCall] = {}  # by the client's id
+        self.calling_turn: Json = {}  # the assistant turn that holds the open calls
+        self.waiting: list[tuple[str, list[Json]]] = []  # (role, blocks), see above
 
-    def add_message(self, message: Field) -> None:
-        """A message of chat completions."""
-        role, content = message["role"].want(str), message["content"]
+    def add_message(self, message: JsonValue) -> None:
+        """Add a message of chat completions. Raises APIError 400."""
+        role = message.get("role").require(str)
+        content = message.get("content")
         if role == "tool":
-            self.add_result(message["tool_call_id"], parse_parts(content, MEDIA))
+            blocks = parse_content(content, MEDIA_PARTS)
+            self.add_result(message.get("tool_call_id"), blocks)
         elif role in ("system", "developer"):
-            self.add_system(parse_parts(content, TEXT))
+            self.add_system(parse_content(content, MEDIA_PARTS))
         elif role == "user":
-            self.add("user", parse_parts(content, MEDIA))
+            self.add_blocks("user", parse_content(content, MEDIA_PARTS))
         elif role == "assistant":
-            if message["audio"].value:
-                raise message["audio"].error("is not supported.")
-            if content.value is not None:  # it may have calls alone
-                self.add("assistant", parse_parts(content, (*TEXT, "refusal")))
-            for call in message["tool_calls"]:
-                function = call["function"]
-                self.add_call(call["id"], function, call_input(function))
+            if content.value is not None:  # null is allowed with tool calls
+                self.add_blocks("assistant", self.parse_assistant_content(content))
+            for call in message.get("tool_calls").items():
+                function = call.get("function")
+                arguments = parse_arguments(function.get("arguments"))
+                self.add_call(call.get("id"), function, arguments)
         else:
             known = "system, developer, user, assistant, tool"
-            raise message["role"].error(f"must be one of {known}.")
+            raise message.get("role").error(f"must be one of {known}.")
 
-    def add_system(self, blocks: List[Json]) -> None:
-        text = "\n".join(block["text"] for block in blocks)
-        if text and self.turns:
-            self.add("user", [text_block(f"<system>\n{text}\n</system>")])
+    def parse_assistant_content(self, content: JsonValue) -> list[Json]:
+        """The texts of an assistant message. Other parts, such as the thinking of
+        another model, are past and ask for nothing: they are left out."""
+        blocks = []
+        for part in content_parts(content):
+            if type(part.value) is not str:
+                kind = part.get("type").require(str)
+                if kind not in ASSISTANT_PARTS:
+                    self.ignored_kinds.add(kind)
+                    continue
+            blocks += parse_part(part, ASSISTANT_PARTS)
+        return blocks
+
+    def add_system(self, blocks: list[Json]) -> None:
+        """Add a system message. At the head its text belongs to the system prompt,
+        which takes no images and files: they go into the user's turn, as later ones
+        do."""
+        text = "\n".join(block["text"] for block in blocks if block["type"] == "text")
+        media = [block for block in blocks if block["type"] != "text"]
+        if text and (self.turns or self.waiting):
+            media.insert(0, text_block(f"<system>\n{text}\n</system>"))
         elif text:
             self.system.append(text)
+        self.add_blocks("user", media)
 
-    def add_call(self, id: Field, function: Field, value: Any) -> None:
-        """A call of `function`: {name}. `value` is its input."""
-        name = api_name(function["name"].want(str))
-        if id.want(str) in self.open:
-            raise function.error(f"has an id used before: '{id.value[:100]}'.")
-        fresh = api_name(id.value)
-        while fresh in self.ids:  # some clients count from 0 in each answer
-            fresh = f"{api_name(id.value)}-{len(self.ids)}"
-        self.ids.add(fresh)
-        use = {"type": "tool_use", "id": fresh, "name": name, "input": value}
-        self.add("assistant", [use])
-        self.open[id.value] = function, fresh
+    def add_call(self, call_id: JsonValue, function: JsonValue, arguments: Any) -> None:
+        """Add a call of `function`: {name}."""
+        name = api_name(function.get("name").require(str))
+        client_id = call_id.require(str)
+        if client_id in self.open_calls:
+            problem = (
+                f"repeats the id '{client_id[:100]}' of a call that has no result yet."
+            )
+            raise function.error(problem)
+        api_id = api_name(client_id)
+        while api_id in self.api_ids:  # some clients number their calls in each answer
+            api_id = f"{api_name(client_id)}-{len(self.api_ids)}"
+        self.api_ids.add(api_id)
+        use = {"type": "tool_use", "id": api_id, "name": name, "input": arguments}
+        if self.open_calls:  # a parallel call
+            self.calling_turn["content"].append(use)
+        else:
+            self.append("assistant", [use])
+            self.calling_turn = self.turns[-1]
+        self.open_calls[client_id] = OpenCall(function, api_id)
 
-    def add_result(self, id: Field, blocks: List[Json]) -> None:
-        """The result of the call with that id."""
-        if id.want(str) not in self.open:
-            raise id.error("must be the id of a tool call without a response.")
-        result = {"type": "tool_result", "tool_use_id": self.open.pop(id.value)[1]}
-        if blocks:
-            alone = len(blocks) == 1 and blocks[0].get("text")
-            result["content"] = alone or blocks
-        self.add("user", [result])
+    def add_result(self, call_id: JsonValue, blocks: list[Json]) -> None:
+        """Add the result of the call with that id."""
+        client_id = call_id.require(str)
+        if client_id not in self.open_calls:
+            raise call_id.error("does not match a tool call that still needs a result.")
+        call = self.open_calls.pop(client_id)
+        result: Json = {"type": "tool_result", "tool_use_id": call.api_id}
+        if len(blocks) == 1 and blocks[0]["type"] == "text":
+            result["content"] = blocks[0]["text"]
+        elif blocks:
+            result["content"] = blocks
+        self.append("user", [result])
+        if not self.open_calls:
+            for role, waiting_blocks in self.waiting:
+                self.append(role, waiting_blocks)
+            self.waiting = []
 
-    def add(self, role: str, blocks: List[Json]) -> None:
+    def add_blocks(self, role: str, blocks: list[Json]) -> None:
+        """Add what is neither a call nor a result."""
         if not blocks:
             return
-        same = bool(self.turns) and self.turns[-1]["role"] == role
-        if blocks[0]["type"] != "tool_result" and not (same and role == "assistant"):
-            self.expect_no_open_call()
+        if self.open_calls and not self.continues_calling_turn(role):
+            self.waiting.append((role, blocks))
+        else:
+            self.append(role, blocks)
+
+    def continues_calling_turn(self, role: str) -> bool:
+        """Whether blocks of this role belong to the turn that holds the open calls."""
+        in_last_turn = self.turns[-1] is self.calling_turn
+        return role == "assistant" and in_last_turn and not self.waiting
+
+    def append(self, role: str, blocks: list[Json]) -> None:
         if not self.turns and role == "assistant":
-            self.add("user", [text_block(BEGIN)])
-        if same:
-            self.turns[-1]["content"] += blocks  # in place: there may be many
+            self.turns.append(
+                {"role": "user", "content": [text_block(PLACEHOLDER_FIRST_TURN)]}
+            )
+        if self.turns and self.turns[-1]["role"] == role:
+            self.turns[-1]["content"] += blocks  # in place; copying would be quadratic
         else:
             self.turns.append({"role": role, "content": blocks})
 
-    def expect_no_open_call(self) -> None:
-        for id, (call, _) in self.open.items():
-            raise call.error(f"has no response: tool call '{id[:100]}'.")
-
-    def called(self) -> List[str]:
-        """The names of the tools in the conversation."""
-        blocks = [block for turn in self.turns for block in turn["content"]]
-        return sorted({b["name"] for b in blocks if b["type"] == "tool_use"})
-
-    def recall(self, memory: Memory, model: str, wrapped: Set[str]) -> None:
-        """Put back what the client does not know: signed thinking, and WRAPPED. In a
-        turn, calls stand last."""
+    def called_tool_names(self) -> list[str]:
+        """The names at the API of all tools that the conversation calls."""
+        names = set()
         for turn in self.turns:
-            turn["content"].sort(key=lambda block: block["type"] == "tool_use")
-            uses = [block for block in turn["content"] if block["type"] == "tool_use"]
-            thought = memory.get(uses[0]["id"]) if uses else None
-            for use in uses:
-                if use["name"] in wrapped or type(use["input"]) is str:
-                    use["input"] = {WRAPPED: use["input"]}
-            if isinstance(thought, Thought) and thought.model == model:
-                turn.update(content=in_order(thought.blocks, turn["content"], uses))
-                turn.update(model=thought.signer)
+            for block in turn["content"]:
+                if block["type"] == "tool_use":
+                    names.add(block["name"])
+        return sorted(names)
 
-    def finish(self) -> None:
-        self.expect_no_open_call()
-        if not self.turns or self.turns[-1]["role"] == "assistant":
-            self.add("user", [text_block(CONTINUE if self.turns else BEGIN)])
+    def require_all_calls_answered(self) -> None:
+        """Raises APIError 400 for the first call without a result."""
+        for client_id, call in self.open_calls.items():
+            message = (
+                f"Tool call '{client_id[:100]}' has no result: a tool message with its "
+                "id must follow."
+            )
+            raise APIError(400, message, None, call.function.path)
 
-
-def add_item(script: Transcript, item: Field, memory: Memory) -> None:
-    """Add an item of `input`."""
-    kind = type_of(item, ITEM_TYPES, "message")
-    if kind == "message":
-        script.add_message(item)
-    elif kind == "item_reference":
-        id = item["id"].want(str)
-        text = memory.get(id)
-        if type(text) is not str and not id.startswith("rs_"):
-            message = f"Item '{id[:100]}' not found: set `store: false`, or send it."
-            raise APIError(404, message, "item_not_found", item["id"].path)
-        script.add("assistant", [text_block(text)] if text else [])
-    elif kind.endswith("_output"):
-        script.add_result(item["call_id"], parse_parts(item["output"], MEDIA))
-    elif kind != "reasoning":  # that comes back by the id of the call, see Memory
-        custom, space = kind == "custom_tool_call", item["namespace"].may(str)
-        if space:
-            item.value = {**item.value, "name": f"{space}__{item['name'].value}"}
-        value = item["input"].want(str) if custom else call_input(item)
-        script.add_call(item["call_id"], item, value)
+    def finish(self) -> list[Json]:
+        """The turns. The last one is the user's, as the API requires."""
+        self.require_all_calls_answered()
+        if not self.turns:
+            self.append("user", [text_block(PLACEHOLDER_FIRST_TURN)])
+        elif self.turns[-1]["role"] == "assistant":
+            self.append("user", [text_block(PLACEHOLDER_LAST_TURN)])
+        return self.turns
 
 
-def in_order(signed: List[Json], content: List[Json], uses: List[Json]) -> List[Json]:
-    """An answer of tool calls with its thinking. `content` is what the client sent
-    back, `uses` the calls in it, `signed` what the model said. Their order is the
-    model's if both hold the same; else all thinking comes first."""
-    texts = ["".join(b.get("text", "") for b in blocks) for blocks in (signed, content)]
-    by_id = {use["id"]: use for use in uses}
-    ids = [block["id"] for block in signed if block["type"] == "tool_use"]
-    if texts[0] == texts[1] and sorted(ids) == sorted(by_id):
-        return [by_id.get(block.get("id"), block) for block in signed]
-    return [block for block in signed if "thinking" in block["type"]] + content
+def add_item(builder: ConversationBuilder, item: JsonValue, cache: AnswerCache) -> None:
+    """Add an item of `input`. Items that are past and ask for nothing, such as the
+    searches of another provider, are left out. Raises APIError 400 or 404."""
+    item_type = item.get("type").optional(str)
+    if item_type is None:
+        item_type = "message"
+    row = ITEM_TYPES.get(item_type)
+    if row is None:
+        builder.ignored_kinds.add(item_type)
+    elif row.treatment == REFUSED:
+        problem = f"is '{item_type}', which is not supported: {row.reason}."
+        raise item.get("type").error(problem, "unsupported_type")
+    elif item_type == "message":
+        builder.add_message(item)
+    elif item_type == "agent_message":
+        builder.add_blocks("user", parse_agent_message(item))
+    elif item_type == "item_reference":
+        add_item_reference(builder, item.get("id"), cache)
+    elif item_type.endswith("_call"):
+        add_call_item(builder, item, item_type)
+    elif item_type.endswith("_output"):
+        blocks = parse_content(item.get("output"), MEDIA_PARTS)
+        builder.add_result(item.get("call_id"), blocks)
 
 
-def is_unsigned(turns: List[Json]) -> bool:
-    """Whether the last turn belongs to a tool loop with a call whose signed thinking is
-    not known. (A turn with a result belongs to the loop, also with a text in it.)"""
+def add_call_item(
+    builder: ConversationBuilder, item: JsonValue, item_type: str
+) -> None:
+    """Add a function_call or custom_tool_call."""
+    function = item
+    namespace = item.get("namespace").optional(str)
+    if namespace:
+        function = namespace_function(item, namespace)
+    if item_type == "custom_tool_call":
+        arguments = item.get("input").require(str)
+    else:
+        arguments = parse_arguments(item.get("arguments"))
+    builder.add_call(item.get("call_id"), function, arguments)
+
+
+def add_item_reference(
+    builder: ConversationBuilder, item_id: JsonValue, cache: AnswerCache
+) -> None:
+    """Add the text of an item of a recent answer. Its reasoning is left out: signed
+    thinking comes back by the id of the call."""
+    name = item_id.require(str)
+    if name.startswith("rs_"):
+        return
+    text = cache.find_item_text(name)
+    if text is None:
+        message = (
+            f"Item with id '{name[:100]}' not found. Send the item itself; "
+            "`store: false` makes most clients do so."
+        )
+        raise APIError(404, message, "item_not_found", item_id.path)
+    if text:
+        builder.add_blocks("assistant", [text_block(text)])
+
+
+OPENAI_CIPHER = (
+    "gAAAA"  # how a text that OpenAI encrypted begins (Fernet's version 128)
+)
+
+
+def parse_agent_message(item: JsonValue) -> list[Json]:
+    """What one agent of Codex says to another. With Claude as the sender its
+    `encrypted_content` is plain text; what OpenAI encrypted nobody else can read."""
+    blocks = []
+    for part in item.get("content").items():
+        if part.get("type").value == "encrypted_content":
+            text = part.get("encrypted_content").optional(str) or ""
+            if not text.startswith(OPENAI_CIPHER) and text.strip():
+                blocks.append(text_block(text))
+        else:
+            blocks += parse_part(part, MEDIA_PARTS)
+    return blocks
+
+
+def parse_arguments(arguments: JsonValue) -> Json:
+    """The `arguments` of a call as the API requires them: an object. Anything else,
+    such as truncated JSON, or NaN, which the CLI does not survive, becomes
+    {"arguments": text}."""
+    text = arguments.optional(str)
+    if not text:
+        return {}
+    with contextlib.suppress(ValueError, RecursionError):
+        value = load_json(text)
+        if type(value) is dict:
+            return value
+    return {"arguments": without_lone_surrogates(text)}
+
+
+def prepare_history(
+    turns: list[Json], wrapped: set[str], model: str, cache: AnswerCache
+) -> None:
+    """Make the turns what the API saw: calls at the end of their turn, inputs wrapped
+    as the tools' schemas say, and the signed thinking that clients do not send back."""
+    for turn in turns:
+        turn["content"].sort(key=lambda block: bool(block["type"] == "tool_use"))
+        calls = [block for block in turn["content"] if block["type"] == "tool_use"]
+        for call in calls:
+            if call["name"] in wrapped or type(call["input"]) is str:
+                call["input"] = {WRAPPER_KEY: call["input"]}
+        answer = cache.find_signed_answer(call["id"] for call in calls)
+        if answer is not None and answer.model == model:
+            turn["content"] = merge_signed_blocks(answer.blocks, turn["content"])
+            turn["model"] = answer.signed_by
+
+
+def merge_signed_blocks(signed: list[Json], content: list[Json]) -> list[Json]:
+    """Merge the client's copy of an answer with the signed original. If both have the
+    same text and calls, use the original order; otherwise put the thinking first."""
+    calls = {block["id"]: block for block in content if block["type"] == "tool_use"}
+    signed_ids = [block["id"] for block in signed if block["type"] == "tool_use"]
+    same_calls = sorted(signed_ids) == sorted(calls)
+    if same_calls and joined_text(signed) == joined_text(content):
+        return [calls.get(block.get("id", ""), block) for block in signed]
+    thinking = [block for block in signed if is_thinking(block)]
+    return thinking + content
+
+
+def joined_text(blocks: list[Json]) -> str:
+    return "".join(block["text"] for block in blocks if block["type"] == "text")
+
+
+def is_thinking(block: Json) -> bool:
+    return block["type"] in ("thinking", "redacted_thinking")
+
+
+def continues_unsigned_loop(turns: list[Json]) -> bool:
+    """Whether the last turn belongs to a tool loop with a call for which we no longer
+    have the signed thinking. (A turn with a result belongs to the loop, also if it
+    holds a text, too.)"""
     for turn in reversed(turns):
         kinds = [block["type"] for block in turn["content"]]
         if turn["role"] == "user" and "tool_result" not in kinds:
             return False
-        if "tool_use" in kinds and "thinking" not in kinds[0]:
+        if "tool_use" in kinds and not is_thinking(turn["content"][0]):
             return True
     return False
 
 
-def call_input(call: Field) -> Json:
-    """The `arguments` of a call, as the API wants them: an object. Any other text, such
-    as what a model said that was cut short, becomes {"arguments": text}."""
-    text = call["arguments"].may(str) or "{}"
-    with contextlib.suppress(ValueError, RecursionError):
-        value = json.loads(text)
-        if type(value) is dict:
-            return value
-    return {"arguments": text}
+def chat_answer_turns(
+    request: Request, message: Json, cache: AnswerCache
+) -> list[Json]:
+    """The turns that the answer adds to the conversation, if the client sends the
+    message back as it is. Raises APIError."""
+    builder = ConversationBuilder()
+    builder.add_message(JsonValue(message))
+    return answer_turns(request, builder, cache)
 
 
-# The kinds of content, in chat completions and in /v1/responses.
-TEXT = ("text", "input_text", "output_text")
-MEDIA = (*TEXT, "image_url", "input_image", "file", "input_file")
-IMAGES = re.compile("image/(png|jpeg|gif|webp)")
-FILES = re.compile("application/(pdf|json)|text/.*")
+def response_answer_turns(
+    request: Request, items: list[Json], cache: AnswerCache
+) -> list[Json]:
+    """The same for the items of a response."""
+    builder = ConversationBuilder()
+    for item in JsonValue(items).items():
+        add_item(builder, item, cache)
+    return answer_turns(request, builder, cache)
 
 
-def parse_parts(content: Field, kinds: Tuple[str, ...]) -> List[Json]:
-    """A string, or an array of parts of the given kinds, as API blocks."""
+def answer_turns(
+    request: Request, builder: ConversationBuilder, cache: AnswerCache
+) -> list[Json]:
+    """The turns in `builder`, without PLACEHOLDER_FIRST_TURN, with which it begins."""
+    wrapped = set(request.decoding.wrapped_tools)
+    prepare_history(builder.turns, wrapped, request.prompt.model, cache)
+    return builder.turns[1:]
+
+
+# Content.
+
+TEXT_PARTS = ("text", "input_text", "output_text")
+ASSISTANT_PARTS = (*TEXT_PARTS, "refusal")
+MEDIA_PARTS = (*TEXT_PARTS, "image_url", "input_image", "file", "input_file")
+IMAGE_TYPES = re.compile("image/(png|jpeg|gif|webp)")
+FILE_TYPES = re.compile("application/(pdf|json)|text/.*")
+
+
+def parse_content(content: JsonValue, kinds: tuple[str, ...]) -> list[Json]:
+    """A string, or an array of parts of the given kinds, as blocks of the Messages API.
+    Raises APIError 400."""
     blocks = []
-    for part in [content] if type(content.want(str, list)) is str else content:
-        if type(part.value) is str:  # some clients send bare strings in an array, too
-            block = text_block(part.value)
-        else:
-            block = PARTS[type_of(part, kinds)](part)
-        if block["type"] != "text" or block["text"].strip():
-            blocks.append(block)
+    for part in content_parts(content):
+        blocks += parse_part(part, kinds)
     return blocks
 
 
-def image_part(part: Field) -> Json:
-    field = part["image_url"]
-    field = field["url"] if type(field.want(dict, str)) is dict else field
-    source: Json = {"type": "url", "url": field.want(str)}
-    if not re.match(r"https?://", field.value):
-        source = data_source(field, field.value, IMAGES)
-    return {"type": "image", "source": source}
+def content_parts(content: JsonValue) -> list[JsonValue]:
+    """The parts of a message's content. A string is its only part."""
+    if type(content.require(str, list)) is str:
+        return [content]
+    return list(content.items())
 
 
-def file_part(holder: Field) -> Json:
-    """`holder`: {file_data, filename?}."""
-    field = holder["file_data"]
-    if field.value is None:
-        raise holder.error("needs 'file_data', not an id.", "unsupported_content")
-    bare = not field.want(str).startswith("data:")  # OpenAI takes that of a PDF
-    url = ("data:application/pdf;base64," if bare else "") + field.value
-    source = data_source(field, url, FILES)
-    if source["media_type"] != "application/pdf":
-        text = base64.b64decode(source["data"]).decode("utf-8", "replace")
-        source = {"type": "text", "media_type": "text/plain", "data": text}
-    title = holder["filename"].may(str)
-    return {"type": "document", "source": source, **({"title": title} if title else {})}
+def parse_part(part: JsonValue, kinds: tuple[str, ...]) -> list[Json]:
+    """The block for a part, if any: blank texts are dropped. Raises APIError 400."""
+    if type(part.value) is str:  # some clients put bare strings into an array
+        block = text_block(part.value)
+    else:
+        block = CONTENT_PARTS[checked_type(part, kinds)](part)
+    if block["type"] == "text" and not block["text"].strip():
+        return []
+    return [block]
 
 
-def data_source(field: Field, url: str, kinds: re.Pattern) -> Json:
-    """data:TYPE;base64,DATA (RFC 2397) -> the source of a block, of one of `kinds`."""
+def text_part(part: JsonValue) -> Json:
+    return text_block(part.get("text").require(str))
+
+
+def refusal_part(part: JsonValue) -> Json:
+    return text_block(part.get("refusal").require(str))
+
+
+def image_part(part: JsonValue) -> Json:
+    """{image_url: URL}, or {image_url: {url: URL}}."""
+    url = part.get("image_url")
+    if type(url.require(dict, str)) is dict:
+        url = url.get("url")
+    url.require(str)
+    if is_web_url(url.value):
+        return {"type": "image", "source": {"type": "url", "url": url.value}}
+    problem = "supported are PNG, JPEG, GIF and WebP"
+    return {
+        "type": "image",
+        "source": data_source(url, url.value, IMAGE_TYPES, problem),
+    }
+
+
+def is_web_url(url: str) -> bool:
+    return re.match(r"https?://", url) is not None
+
+
+def chat_file_part(part: JsonValue) -> Json:
+    return file_part(part.get("file"))
+
+
+def file_part(holder: JsonValue) -> Json:
+    """{file_data, filename?}, or {file_url}, as a document."""
+    file_url = holder.get("file_url").optional(str)
+    file_data = holder.get("file_data")
+    if file_url is not None and file_data.value is None:
+        if not is_web_url(file_url):
+            raise holder.get("file_url").error("must be an http(s) URL.")
+        source: Json = {"type": "url", "url": file_url}
+    elif file_data.value is None:
+        raise holder.error(
+            "must have 'file_data' or 'file_url'; file ids are not supported.",
+            "unsupported_content",
+        )
+    else:
+        source = file_source(file_data)
+    block: Json = {"type": "document", "source": source}
+    title = holder.get("filename").optional(str)
+    if title:
+        block["title"] = title
+    return block
+
+
+def file_source(file_data: JsonValue) -> Json:
+    """The source of a document. OpenAI takes bare base64 for a PDF."""
+    url = file_data.require(str)
+    if not url.startswith("data:"):
+        url = "data:application/pdf;base64," + url
+    problem = "supported are PDF, JSON and text"
+    source = data_source(file_data, url, FILE_TYPES, problem)
+    if source["media_type"] == "application/pdf":
+        return source
+    text = base64.b64decode(source["data"]).decode("utf-8", "replace")
+    return {"type": "text", "media_type": "text/plain", "data": text}
+
+
+def data_source(
+    value: JsonValue, url: str, media_types: re.Pattern[str], supported: str
+) -> Json:
+    """data:TYPE;base64,DATA (RFC 2397) as the source of a block. Raises APIError 400;
+    `supported` says which types are allowed."""
     head, _, data = url.partition(",")
-    kind = head[len("data:") :].split(";")[0].lower().replace("image/jpg", "image/jpeg")
-    data = re.sub(r"\s+", "", data)
     if not head.startswith("data:") or not head.endswith(";base64"):
-        raise field.error("must be an http(s) or a base64 data: URL.")
-    if not kinds.fullmatch(kind):
-        problem = f"holds {kind[:50]}, not {kinds.pattern}."
-        raise field.error(problem, "unsupported_media_type")
+        raise value.error("must be an http(s) URL or a base64 data: URL.")
+    media_type = head[len("data:") :].split(";")[0].lower()
+    if media_type == "image/jpg":
+        media_type = "image/jpeg"
+    if not media_types.fullmatch(media_type):
+        problem = f"is {media_type[:50]}; {supported}."
+        raise value.error(problem, "unsupported_media_type")
+    data = re.sub(r"\s+", "", data)
     with contextlib.suppress(ValueError):
         if base64.b64decode(data, validate=True):
-            return {"type": "base64", "media_type": kind, "data": data}
-    raise field.error("holds invalid base64 data.")
+            return {"type": "base64", "media_type": media_type, "data": data}
+    raise value.error("has invalid base64 data.")
 
 
-PARTS = {
-    **dict.fromkeys(TEXT, lambda part: text_block(part["text"].want(str))),
-    "refusal": lambda part: text_block(part["refusal"].want(str)),
+CONTENT_PARTS: dict[str, Callable[[JsonValue], Json]] = {
+    "text": text_part,
+    "input_text": text_part,
+    "output_text": text_part,
+    "refusal": refusal_part,
     "image_url": image_part,
     "input_image": image_part,
-    "file": lambda part: file_part(part["file"]),
+    "file": chat_file_part,
     "input_file": file_part,
 }
 
 
-# ── Protocol ───────────────────────────────────────────────────────────────────────
-# How `claude -p` is driven over stdin: argv, environment and lines. Pure. Measured on
-# 2.1.112, 2.1.197 and 2.1.330, 2026-11-22. A conversation with it, trimmed (> we write,
-# < it prints; one JSON object a line):
+# ── CLI protocol ─────────────────────────────────────────────────────────────────
+# How `claude -p` is driven over stdin: its arguments, environment and lines. Pure, but
+# for cli_environment(), which reads os.environ. Measured on 2.1.112, 2.1.197, 2.1.330
+# and 2.1.332, 2026-11-25. A conversation with it, trimmed (> we write, < it prints; one
+# JSON object a line):
 #
 #   > {"type":"control_request","request_id":"1","request":{"subtype":"initialize",
 #      "systemPrompt":["You are terse."],"sdkMcpServers":["c"]}}
@@ -1077,1740 +2368,3635 @@ PARTS = {
 #   < {"type":"stream_event","event":{"type":"content_block_delta",…},…}
 #   < {"type":"assistant","message":{…}}           the finished block once more
 #   < {"type":"stream_event","event":{"type":"message_delta","delta":{"stop_reason":
-#      "end_turn"},"usage":{"output_tokens":3}},…}           here we end the process
+#      "end_turn"},"usage":{"output_tokens":3}},…}           the answer is complete
+#   < {"type":"rate_limit_event","rate_limit_info":{…}}      here we end the process
 #   < {"type":"result",…}
 #
-# Turns that are sent before the last one's result change their order, and assistant
-# turns with one id are merged: hence the waits and the ids. We never answer
-# `tools/call`: the client runs its tools, and sends the result in its next request.
+# If a turn is sent before the result of the one before it has come, the CLI reorders
+# them, and it merges assistant turns that have one id: hence the waits and the ids. We
+# never answer `tools/call`: the client runs its tools, and sends the result in its next
+# request.
 
-SERVER = "c"  # the MCP server that holds the client's tools
-ARGV = [
-    *"-p --input-format stream-json --output-format stream-json --verbose".split(),
-    *"--include-partial-messages --no-session-persistence".split(),
-    *("--tools", ""),  # none of the CLI's own tools
+MCP_SERVER_NAME = "c"  # of the MCP server that holds the client's tools
+CLI_ARGUMENTS = [
+    "-p",
+    "--input-format",
+    "stream-json",
+    "--output-format",
+    "stream-json",
+    "--verbose",
+    "--include-partial-messages",
+    "--no-session-persistence",
+    "--tools",
+    "",  # none of the CLI's own tools
     "--strict-mcp-config",  # none of the user's MCP servers
-    *("--setting-sources", ""),  # no hooks, plugins and CLAUDE.md
+    "--setting-sources",
+    "",  # no hooks, plugins and CLAUDE.md
     "--disable-slash-commands",
-    *("--allowedTools", f"mcp__{SERVER}"),
-    "--settings",  # no reminder how to sign commits if a client's tool is named Bash
+    "--allowedTools",
+    f"mcp__{MCP_SERVER_NAME}",
+    "--settings",  # no hint how to sign commits if a client's tool is named Bash
     '{"attribution":{"commit":"","pr":""},"includeCoAuthoredBy":false}',
 ]
-VARIABLES = {
-    "CLAUDE_CODE_DISABLE_ATTACHMENTS": "1",  # `@/path` in a text would read that file
+CLI_VARIABLES = {
+    # `@/path` in a text would make the CLI read that file.
+    "CLAUDE_CODE_DISABLE_ATTACHMENTS": "1",
     "CLAUDE_CODE_DISABLE_FILE_MENTIONS": "1",
-    "CLAUDE_AGENT_SDK_MCP_NO_PREFIX": "1",  # tools keep their names
-    "CLAUDE_AGENT_SDK_DISABLE_BUILTIN_AGENTS": "1",  # a tool Agent would list them
-    "ENABLE_TOOL_SEARCH": "false",  # it would withhold some of many tools at first
-    "CLAUDE_CODE_MAX_RETRIES": "2",  # after a 5xx; the default of 10 takes minutes
+    # The client's tools keep their names.
+    "CLAUDE_AGENT_SDK_MCP_NO_PREFIX": "1",
+    # With a tool named Agent, the CLI would describe its own agents.
+    "CLAUDE_AGENT_SDK_DISABLE_BUILTIN_AGENTS": "1",
+    # With many tools, the CLI would hide some at first.
+    "ENABLE_TOOL_SEARCH": "false",
+    # After a 5xx. The default of 10 retries takes minutes.
+    "CLAUDE_CODE_MAX_RETRIES": "2",
     "CLAUDE_CODE_DISABLE_REFUSAL_RETRY": "1",
     "DISABLE_AUTO_COMPACT": "1",
-    "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "100000000",  # the API knows its own limit
+    # The API enforces the context limit.
+    "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "100000000",
     # All cache marks of a request must have one lifetime: the API wants longer ones
     # first, and ours stands before the CLI's.
     "ENABLE_PROMPT_CACHING_1H": "1",
     "CLAUDE_CODE_SKIP_MCP_DEBUG_LOG_FILES": "1",
     "DISABLE_AUTOUPDATER": "1",
 }
-CWD = "cwd"  # of every CLI, empty: its name stands before the cached turns (2.1.330)
+# The working directory of every CLI, below the server's own directory. It is empty, and
+# always the same: 2.1.330 puts its path into the prompt, before the cached turns.
+CLI_WORKDIR = "cwd"
 CACHE_MARK = {"type": "ephemeral", "ttl": "1h"}
-ASSISTANT: Json = {"type": "message", "stop_reason": None, "stop_sequence": None}
-ASSISTANT["usage"] = {"input_tokens": 0, "output_tokens": 0}
-# With these the CLI would bill by the token instead of the subscription.
-BILLED = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
-# CLAUDECODE keeps the CLI from starting; query_lines() sets the others.
-WITHHELD = """
-CLAUDECODE MAX_THINKING_TOKENS CLAUDE_CODE_MAX_OUTPUT_TOKENS CLAUDE_CODE_EXTRA_BODY
-CLAUDE_CODE_DISABLE_THINKING CLAUDE_CODE_EFFORT_LEVEL
-""".split()
+# With one of these set, the CLI would use another account than the subscription's.
+BILLING_VARIABLES = [
+    "ANTHROPIC_API_KEY",
+    "ANTHROPIC_AUTH_TOKEN",
+    "CLAUDE_CODE_USE_BEDROCK",
+    "CLAUDE_CODE_USE_VERTEX",
+    "CLAUDE_CODE_USE_FOUNDRY",
+    "CLAUDE_CODE_USE_MANTLE",
+    "CLAUDE_CODE_USE_ANTHROPIC_AWS",
+    "CLAUDE_CODE_USE_ANTHROPIC_GOOGLE_CLOUD",
+    "CLAUDE_CODE_USE_GATEWAY",
+]
+# With CLAUDECODE set, the CLI refuses to start. The others are set for each request, in
+# query_lines().
+REMOVED_VARIABLES = [
+    "CLAUDECODE",
+    "MAX_THINKING_TOKENS",
+    "CLAUDE_CODE_MAX_OUTPUT_TOKENS",
+    "CLAUDE_CODE_EXTRA_BODY",
+    "CLAUDE_CODE_DISABLE_THINKING",
+    "CLAUDE_CODE_EFFORT_LEVEL",
+]
 
-Version = Tuple[int, ...]
+Version = tuple[int, ...]
 
 
-def environment(program: str) -> Dict[str, str]:
-    """Our environment without what must not reach the CLI, plus VARIABLES. The CLI's
-    directory is at the end of PATH: under nvm npm's `claude` looks for `node` there,
-    and launchd's PATH does not have it."""
-    gone = {*BILLED, *WITHHELD, *(ENVIRONMENT + name.upper() for name in OPTIONS)}
-    env = {name: text for name, text in os.environ.items() if name not in gone}
-    places = env.get("PATH") or os.defpath, os.path.dirname(program)
-    return {**env, **VARIABLES, "PATH": os.pathsep.join(places)}
+def cli_environment(path: str) -> dict[str, str]:
+    """The environment for the CLI at `path`.
+
+    The CLI's own directory is added to the end of PATH: under nvm, npm's `claude` finds
+    `node` there, and launchd's PATH does not have it.
+    """
+    removed = {*BILLING_VARIABLES, *REMOVED_VARIABLES}
+    removed.update(ENVIRONMENT_PREFIX + name.upper() for name in OPTIONS)
+    environment = {
+        name: value for name, value in os.environ.items() if name not in removed
+    }
+    environment.update(CLI_VARIABLES)
+    search_path = os.environ.get("PATH") or os.defpath
+    environment["PATH"] = os.pathsep.join([search_path, os.path.dirname(path)])
+    return environment
 
 
-def control_line(subtype: str, **fields: Any) -> Json:
+class CliLine(NamedTuple):
+    """A line for the CLI, without its newline. Where `needs_result` is set, nothing may
+    be sent before the CLI has printed a result line for it."""
+
+    text: str
+    needs_result: bool = False
+
+
+def control_line(subtype: str, **fields: Any) -> CliLine:
+    """A control request. All have one id, because their answers are told apart by what
+    they hold."""
     request = {"subtype": subtype, **fields}
-    return {"type": "control_request", "request_id": "1", "request": request}
+    line = {"type": "control_request", "request_id": "1", "request": request}
+    return CliLine(json.dumps(line))
 
 
-def settings_line(**settings: Any) -> Json:
-    """Changes a running process up to its query. The variables of `env`: 2.1.112 and
-    newer. The `model`: LATE_MODEL_CLI, and only before the first turn."""
+def settings_line(**settings: Any) -> CliLine:
+    """Changes a running process, until its query is sent. `env`: 2.1.112 and newer.
+    `model`: CLI_WITH_LATE_MODEL, and only before the first turn."""
     return control_line("apply_flag_settings", settings=settings)
 
 
-def initialize_line(setup: Setup) -> Json:
-    servers = {"sdkMcpServers": [SERVER]} if setup.tools else {}
-    return control_line("initialize", systemPrompt=[setup.system], **servers)
+@dataclasses.dataclass(frozen=True)
+class InitializeOptions:
+    """What is sent with `initialize`. It takes effect once; a second one changes
+    nothing. Two are equal if their JSON is: to Python, true and 1 would be equal."""
+
+    system: str
+    tools: list[Json] = dataclasses.field(compare=False)  # as MCP lists them
+    tools_json: str
+
+    def line(self) -> CliLine:
+        fields: Json = {"systemPrompt": [self.system]}
+        if self.tools:
+            fields["sdkMcpServers"] = [MCP_SERVER_NAME]
+        return control_line("initialize", **fields)
 
 
-def turn_line(turn: Json, place: int, version: Version) -> Json:
-    """An earlier turn of the conversation; `place` makes an assistant's id unique."""
-    message = {"role": turn["role"], "content": turn["content"]}
-    line = {"type": turn["role"], "session_id": "", "parent_tool_use_id": None}
+def initialize_options(system: str, tools: list[Json]) -> InitializeOptions:
+    return InitializeOptions(system, tools, json.dumps(tools))
+
+
+def turn_message(turn: Json, position: int, version: Version) -> Json:
+    """The line for a turn, as JSON. `position` makes the id of an assistant turn
+    unique."""
+    line: Json = {"type": turn["role"], "session_id": "", "parent_tool_use_id": None}
+    message: Json = {"role": turn["role"], "content": turn["content"]}
     if turn["role"] == "user":
-        message["content"] = untyped(turn["content"], version)
-        line.update(shouldQuery=False, text_not_typed=True)
+        message["content"] = protect_slash_commands(turn["content"], version)
+        line["text_not_typed"] = True
     else:
-        model = turn.get("model", "m")  # the CLI drops the thinking of another one
-        message.update(ASSISTANT, id=f"msg_{place}", model=model)
-    return {**line, "message": message}
+        message["type"] = "message"
+        message["id"] = f"msg_{position}"
+        message["model"] = turn.get("model", "m")  # thinking of another one is dropped
+        message["stop_reason"] = None
+        message["stop_sequence"] = None
+        message["usage"] = {"input_tokens": 0, "output_tokens": 0}
+    line["message"] = message
+    return line
 
 
-def query_lines(ask: Ask, version: Version) -> List[Json]:
-    """The options of this request, if it has any (reading them takes 10 ms), and the
-    last turn, which starts the model."""
-    options = ask.options
-    choice = '{"tool_choice":%s}' % options.tool_choice
-    env = {
-        "CLAUDE_CODE_EFFORT_LEVEL": options.effort,
-        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(options.max_tokens or ""),
-        "CLAUDE_CODE_DISABLE_THINKING": "" if options.thinking else "1",
-        "CLAUDE_CODE_EXTRA_BODY": choice if options.tool_choice else "",
-    }
-    env = {name: text for name, text in env.items() if text}
-    last = query_line(ask.turns[-1], version)
-    return [settings_line(env=env), last] if env else [last]
+def history_line(turn: Json, position: int, version: Version) -> CliLine:
+    """The line for an earlier turn of the conversation."""
+    line = turn_message(turn, position, version)
+    if turn["role"] == "assistant":
+        return CliLine(json.dumps(line))
+    line["shouldQuery"] = False
+    return CliLine(json.dumps(line), needs_result=True)
 
 
-def query_line(turn: Json, version: Version) -> Json:
-    """The last turn. Its end has a mark for the prompt cache, which would not find the
-    conversation again without it."""
-    line = turn_line(turn, 0, version)
-    del line["shouldQuery"]
+def query_line(turn: Json, version: Version) -> CliLine:
+    """The line for the last turn, which starts the model.
+
+    Its last block gets a cache mark, without which the next turn would miss the prompt
+    cache. The mark is not put on an image, where 2.1.330 loses it, unless there is
+    nothing else.
+    """
+    line = turn_message(turn, 0, version)
     content = list(line["message"]["content"])
-    places = (i for i, block in enumerate(content) if block["type"] != "image")
-    last = max(places, default=-1)  # 2.1.330 loses a mark on an image
-    content[last] = {**content[last], "cache_control": CACHE_MARK}
-    return {**line, "message": {"role": "user", "content": content}}
+    marked = len(content) - 1
+    for i, block in enumerate(content):
+        if block["type"] != "image":
+            marked = i
+    content[marked] = {**content[marked], "cache_control": CACHE_MARK}
+    line["message"]["content"] = content
+    return CliLine(json.dumps(line))
 
 
-def untyped(content: List[Json], version: Version) -> List[Json]:
-    """User content that the CLI does not take for typed input. If it does not know
-    `text_not_typed`, a last text that begins with "/" is a command to it. Cut behind
-    the slashes the text is none, and reads the same."""
+def query_lines(prompt: Prompt, version: Version) -> list[CliLine]:
+    """The settings of this request, if any (the CLI takes 10 ms to apply them), and its
+    last turn."""
+    options = prompt.options
+    variables = {}
+    if options.effort:
+        variables["CLAUDE_CODE_EFFORT_LEVEL"] = options.effort
+    if options.max_tokens:
+        variables["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] = str(options.max_tokens)
+    if not options.thinking:
+        variables["CLAUDE_CODE_DISABLE_THINKING"] = "1"
+    if options.tool_choice:
+        extra_body = '{"tool_choice":%s}' % options.tool_choice
+        variables["CLAUDE_CODE_EXTRA_BODY"] = extra_body
+    lines = [query_line(prompt.turns[-1], version)]
+    if variables:
+        lines.insert(0, settings_line(env=variables))
+    return lines
+
+
+def protect_slash_commands(content: list[Json], version: Version) -> list[Json]:
+    """Keep the CLI from reading user content as a typed command.
+
+    Versions without `text_not_typed` take a last text that begins with "/" for one.
+    Split behind the slashes it is not, and the model reads the same.
+    """
     text = content[-1].get("text", "")
-    if version >= UNTYPED_TEXT_CLI or not text.startswith("/"):
+    if version >= CLI_WITH_TEXT_NOT_TYPED or not text.startswith("/"):
         return content
     rest = text.lstrip("/")
-    pieces = [text[: len(text) - len(rest)], rest] if rest.strip() else ["\n" + text]
-    return content[:-1] + [text_block(piece) for piece in pieces]
+    if rest.strip():
+        slashes = text[: len(text) - len(rest)]
+        return [*content[:-1], text_block(slashes), text_block(rest)]
+    return [*content[:-1], text_block("\n" + text)]  # the API refuses a blank block
 
 
-class Conversation(NamedTuple):
-    """What a process has been sent, or is to be sent, before its query: the model, its
-    Setup (None: not yet) and the turns. As JSON: to Python, true and 1 are equal."""
+class SentState(NamedTuple):
+    """What a process has been sent, or is to be sent, before its query: the model, the
+    options of `initialize` (None: not yet) and the turns."""
 
     model: str
-    setup: Optional[str] = None
-    turns: List[str] = []
+    initialize: InitializeOptions | None = None
+    turns: tuple[CliLine, ...] = ()
+
+    def conversation_hash(self) -> bytes:
+        """Identifies the conversation up to here, whatever the model."""
+        digest = hashlib.sha256()
+        if self.initialize is not None:
+            digest.update(self.initialize.system.encode("utf-8", "surrogatepass"))
+            digest.update(self.initialize.tools_json.encode())
+        for line in self.turns:
+            digest.update(line.text.encode())
+        return digest.digest()
 
 
-def conversation(ask: Ask, turns: List[Json], version: Version) -> Conversation:
-    """The conversation of `ask` with these turns. Raises RecursionError for JSON that
-    is nested too deeply."""
-    lines = [turn_line(turn, place, version) for place, turn in enumerate(turns)]
-    return Conversation(ask.model, json.dumps(ask.setup), list(map(json.dumps, lines)))
+def state_before_query(prompt: Prompt, version: Version) -> SentState:
+    """The state of a process that has been sent all but the last turn. Raises
+    RecursionError for JSON that is nested too deeply."""
+    initialize = initialize_options(prompt.system, prompt.tools)
+    state = SentState(prompt.model, initialize)
+    return state_with_turns(state, prompt.turns[:-1], version)
 
 
-def mcp_line(line: Json, setup: str) -> Optional[Json]:
-    """What an MCP server with the tools of a Setup, as JSON, answers to a
-    control_request. None to `tools/call`: that is the client's part, and this process
-    ends with the answer."""
+def state_with_turns(
+    state: SentState, turns: list[Json], version: Version
+) -> SentState:
+    """The state after further turns. Raises RecursionError."""
+    lines = list(state.turns)
+    for turn in turns:
+        lines.append(history_line(turn, len(lines), version))
+    return SentState(state.model, state.initialize, tuple(lines))
+
+
+def mcp_reply(line: Json, tools: list[Json]) -> CliLine | None:
+    """What an MCP server with these tools answers to a control request of the CLI.
+
+    None for `tools/call`, which is never answered: the client runs the tool, and this
+    process ends with the answer. Raises one of MALFORMED_LINE_ERRORS.
+    """
     message = line["request"].get("message") or {}
-    method, params = message.get("method"), message.get("params") or {}
+    method = message.get("method")
+    result: Json = {}
     if method == "tools/call":
         return None
-    result = {"tools": json.loads(setup)[1]} if method == "tools/list" else {}
-    if method == "initialize":
-        result.update(protocolVersion=params.get("protocolVersion"))
-        result.update(serverInfo={"name": SERVER, "version": __version__})
-        result.update(capabilities={"tools": {}})
-    inner = {"jsonrpc": "2.0", "id": message.get("id", 0), "result": result}
-    response = {"subtype": "success", "request_id": line["request_id"]}
-    response["response"] = {"mcp_response": inner}
-    return {"type": "control_response", "response": response}
+    if method == "tools/list":
+        result["tools"] = tools
+    elif method == "initialize":
+        parameters = message.get("params") or {}
+        result["protocolVersion"] = parameters.get("protocolVersion")
+        result["serverInfo"] = {"name": MCP_SERVER_NAME, "version": __version__}
+        result["capabilities"] = {"tools": {}}
+    reply = {"jsonrpc": "2.0", "id": message.get("id", 0), "result": result}
+    response = {
+        "subtype": "success",
+        "request_id": line["request_id"],
+        "response": {"mcp_response": reply},
+    }
+    return CliLine(json.dumps({"type": "control_response", "response": response}))
 
 
-def parse_lines(lines: Iterable[bytes]) -> Iterator[Json]:
-    """The lines that are JSON objects. The CLI also prints noise."""
-    for line in lines:
-        with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(line)
-            if type(value) is dict:
-                yield value
-
-
-# ── Installation ───────────────────────────────────────────────────────────────────
-# Which CLI there is, and whether it is logged in.
-
-# Where its installers put it; launchd's and systemd's PATH are short.
-PLACES = """
-~/.local/bin ~/.claude/local ~/.claude/bin /opt/homebrew/bin /usr/local/bin /usr/bin
-/home/linuxbrew/.linuxbrew/bin ~/.npm-global/bin ~/.npm/bin ~/.bun/bin ~/.volta/bin
-~/.local/share/pnpm ~/Library/pnpm ~/.yarn/bin ~/n/bin ~/.asdf/shims
-~/.local/share/mise/shims ~/.nix-profile/bin ~/.nvm/versions/node/*/bin
-~/.fnm/node-versions/*/installation/bin
-~/.local/share/fnm/node-versions/*/installation/bin
-""".split()
-NO_CLI = "Claude Code was not found. Install it (`npm install -g @anthropic-ai/claude-"
-NO_CLI += "code`), or give its path with --claude."
-
-
-class Program(NamedTuple):
-    """The CLI as installed; `stamp` changes when it is replaced."""
-
-    path: str
-    version: Version
-    stamp: Tuple[int, ...]
-
-
-def dotted(version: Version) -> str:
-    return ".".join(map(str, version))
-
-
-def find_claude(chosen: str) -> str:
-    """The CLI's path. Raises APIError 503 that says what to do."""
-    if chosen:
-        path = os.path.expanduser(chosen)
-        program = shutil.which(path)
-        if program:
-            return os.path.abspath(program)
-        problem = "needs chmod +x" if os.path.isfile(path) else "is no file"
-        raise APIError(503, f"The program given with --claude {problem}.", "no_cli")
-    places = [os.path.expanduser(place) + "/claude" for place in PLACES]
-    found = [path for place in places for path in newest_first(glob.glob(place))]
-    for path in [shutil.which("claude"), *found]:
-        if path and os.access(path, os.X_OK):
-            return os.path.abspath(path)  # the CLI runs in another directory
-    raise APIError(503, NO_CLI, "no_cli")
-
-
-def newest_first(paths: List[str]) -> List[str]:
-    """By the versions of node in them."""
-    return sorted(paths, key=lambda p: [int(d) for d in re.findall(r"\d+", p)])[::-1]
-
-
-def stamp_of(path: str) -> Tuple[int, ...]:
-    with contextlib.suppress(OSError):
-        stat = os.stat(path)
-        return stat.st_ino, stat.st_mtime_ns, stat.st_size
-    return ()
-
-
-def probe(path: str) -> Program:
-    """Run `claude --version`. Raises APIError 503 if the CLI can't be used."""
-    stamp = stamp_of(path)
-    found = re.search(r"(\d+)\.(\d+)\.(\d+)", run_briefly(path, "--version").stdout)
-    if not found:
-        raise APIError(503, "The `claude` here does not tell its --version.", "no_cli")
-    version = tuple(map(int, found.groups()))
-    if version < OLDEST_CLI:
-        message = f"Claude Code {dotted(version)} is too old; {dotted(OLDEST_CLI)} is "
-        raise APIError(503, message + "needed: `claude update`.", "cli_too_old")
-    return Program(path, version, stamp)
-
-
-def run_briefly(*argv: str) -> subprocess.CompletedProcess:
-    """A short command of the CLI; one that can't run or hangs has exit code 1."""
+def parse_cli_line(text: bytes) -> Json | None:
+    """A line that the CLI printed; None if it is no JSON object, which is noise."""
     try:
-        return subprocess.run(
-            argv, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            errors="replace", env=environment(argv[0]), timeout=PROBE_SECONDS,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        return subprocess.CompletedProcess(argv, 1, "", "")
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if type(value) is dict else None
 
 
-class Installation:
-    """The CLI that is installed, and its login.
+# ── Decoding ─────────────────────────────────────────────────────────────────────
+# CLI lines -> Answer, and the events that lead to it. Pure. A kind of line, or an event
+# of the Messages API, is skipped until it has a row in LINE_HANDLERS or EVENT_HANDLERS.
 
-    `probing` guards the fields for writers. It is held while the CLI is asked, and no
-    other lock is taken under it, so it can't deadlock. Readers of one field need no
-    lock.
-    """
 
-    def __init__(self, chosen: str = ""):
-        self.chosen = chosen
-        self.probing = threading.Lock()
-        self.found: Optional[Program] = None
-        self.login: Optional[bool] = None  # None: not known
-        self.look_at = 0.0  # when to look again for a login
+class MessageStarted(NamedTuple):
+    """The API has begun to answer: the first sign of life."""
 
-    def current(self) -> Optional[Program]:
-        """The CLI as it was probed, if it was and has not been replaced."""
-        found = self.found
-        return found if found and found.stamp == stamp_of(found.path) else None
 
-    def program(self) -> Program:
-        """The installed CLI, probed again if it was replaced. Raises APIError 503."""
-        found = self.current()
-        if not found:
-            with self.probing:
-                found = self.found = self.current() or probe(find_claude(self.chosen))
-        return found
+class TextDelta(NamedTuple):
+    """A piece of the answer's text."""
 
-    def look(self) -> Tuple[Optional[Program], str]:
-        """-> (the CLI, if it can be used; what is wrong with it or its login). A login
-        that is there is believed; one that is not is looked for again."""
-        try:
-            program = self.program()
-        except APIError as error:
-            return None, str(error)
-        with self.probing:
-            if not self.login and time.monotonic() > self.look_at:
-                status = run_briefly(program.path, "auth", "status")
-                self.login = status.returncode == 0
-                self.look_at = time.monotonic() + LOGIN_SECONDS
-            return program, "" if self.login else LOGIN_CURE
+    text: str
 
-    def note_login(self, works: bool) -> None:
-        """What the API says of the login. (`claude auth status` only knows that there
-        is one.)"""
-        with self.probing:
-            self.login, self.look_at = works, time.monotonic() + REFUSED_SECONDS
 
+class ReasoningDelta(NamedTuple):
+    """A piece of the model's thinking."""
 
-# ── Process ────────────────────────────────────────────────────────────────────────
-# One running CLI, and what a request waits for: its output, and the client leaving.
+    text: str
 
 
-Selector = selectors.BaseSelector
+class ToolCallStarted(NamedTuple):
+    """A call of the answer begins."""
 
+    call_index: int
+    call_id: str
+    name: str
 
-class Claude:
-    """One CLI process. No method blocks: the owner reads and writes when the pipes are
-    ready. The owner is Keeper, then the thread of a request, then Keeper again, which
-    reaps the process.
 
-    `todo` holds the lines that are not sent yet. `waiting` is set while the result of
-    an earlier turn is missing. `conversation` is what it was sent, counting `todo`.
-    `home` is a directory that holds CWD. The CLI gets a directory for its temporary
-    files there, which is removed with the process.
-    """
+class ToolCallDelta(NamedTuple):
+    """A piece of the arguments of a call."""
 
-    def __init__(self, program: Program, model: str, home: str):
-        self.program = program
-        self.conversation = Conversation(model)
-        self.todo: collections.deque = collections.deque()  # (line, whether to wait)
-        self.outbox = bytearray()
-        self.inbox = bytearray()  # a line without its end
-        self.waiting = False
-        self.ended = False  # its output
-        self.alive_at = self.born = time.monotonic()  # the last sign of life
-        self.stopped = 0.0  # when it was sent a signal
-        self.scratch = tempfile.mkdtemp(dir=home)
-        self.stderr = os.path.join(self.scratch, "stderr")  # a file need not be read
-        with open(self.stderr, "wb") as stderr:
-            self.process = subprocess.Popen(
-                [program.path, *ARGV, "--model", model],
-                bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
-                cwd=os.path.join(home, CWD),
-                env={**environment(program.path), "CLAUDE_CODE_TMPDIR": self.scratch},
-                start_new_session=True,  # a process group of its own, to end it whole
-            )  # fmt: skip
-        self.stdin, self.stdout = self.process.stdin, self.process.stdout
-        for pipe in (self.stdin, self.stdout):
-            os.set_blocking(pipe.fileno(), False)
+    call_index: int
+    arguments: str
 
-    def fits(self, wanted: Conversation) -> bool:
-        """Whether all that it has been sent is the beginning of `wanted`. The model may
-        differ up to the first turn: later the change shows in the conversation."""
-        model, setup, turns = self.conversation
-        late = not turns and self.program.version >= LATE_MODEL_CLI
-        same = (late or model == wanted.model) and turns == wanted.turns[: len(turns)]
-        return same and setup in (None, wanted.setup)
 
-    def readiness(self) -> Tuple[int, bool, float]:
-        """A sort key: the longest conversation, then the oldest process."""
-        _, setup, turns = self.conversation
-        return len(turns), setup is not None, -self.born
+class MessageFinished(NamedTuple):
+    """The answer is complete."""
 
-    def tell(self, wanted: Conversation, query: Iterable[str] = ()) -> None:
-        """Send what is missing of `wanted`, which it fits, then `query`."""
-        has, before = self.conversation, []
-        if has.model != wanted.model:
-            before.append(settings_line(model=wanted.model))
-        if has.setup is None and wanted.setup:
-            before.append(initialize_line(Setup(*json.loads(wanted.setup))))
-        turns = wanted.turns[len(has.turns) :]
-        self.todo.extend((json.dumps(line), False) for line in before)
-        self.todo.extend((turn, turn.startswith('{"type": "user"')) for turn in turns)
-        self.todo.extend((line, False) for line in query)
-        self.conversation, self.alive_at = wanted, time.monotonic()
-        self.advance()
+    finish_reason: str
 
-    def advance(self) -> None:
-        """Send the lines of `todo` up to one whose result must be awaited."""
-        while self.todo and not self.waiting:
-            line, self.waiting = self.todo.popleft()
-            self.outbox += line.encode() + b"\n"
-        self.write()
 
-    def write(self) -> None:
-        """Write what the pipe takes. If the CLI is gone, its stdout shows it."""
-        count: Optional[int] = 1
-        try:
-            while self.outbox and count:
-                count = self.stdin.write(self.outbox)  # None: there is no room yet
-                del self.outbox[: count or 0]
-        except BrokenPipeError:
-            self.outbox.clear()
+Event = Union[
+    MessageStarted,
+    TextDelta,
+    ReasoningDelta,
+    ToolCallStarted,
+    ToolCallDelta,
+    MessageFinished,
+]
 
-    def read(self) -> List[Json]:
-        """The lines that have come, less those for settle(). Raises APIError 502."""
-        data = self.stdout.read(1 << 16)  # None: there is nothing yet
-        self.ended = data == b""
-        self.inbox += data or b""
-        if b"\n" not in (data or b""):
-            if len(self.inbox) > MAX_LINE:
-                raise APIError(502, "The Claude CLI printed a line without an end.")
-            return []
-        *lines, self.inbox = self.inbox.split(b"\n")
-        try:
-            return [line for line in parse_lines(lines) if not self.settle(line)]
-        except STRANGE:
-            raise strange_line() from None
-
-    def settle(self, line: Json) -> bool:
-        """Do what a line asks of us; False if it belongs to the answer."""
-        kind = line.get("type")
-        if kind == "stream_event":
-            self.alive_at = time.monotonic()
-        elif kind == "control_request":
-            reply = mcp_line(line, self.conversation.setup)
-            self.outbox += json.dumps(reply).encode() + b"\n" if reply else b""
-            self.write()
-            return True
-        elif kind == "result" and self.waiting and not line.get("is_error"):
-            self.waiting, self.alive_at = False, time.monotonic()
-            self.advance()
-            return True
-        return False
-
-    def stop(self, how: int = signal.SIGTERM) -> None:
-        """Signal the whole group. After SIGTERM the CLI removes its session file;
-        SIGKILL is for one that would make another request."""
-        self.stopped = self.stopped or time.monotonic()
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, how)
-
-    def is_gone(self) -> bool:
-        """Whether it has ended and is cleaned up. It is killed if it takes too long."""
-        if self.process.poll() is None:
-            if time.monotonic() - self.stopped > TERM_SECONDS:
-                self.stop(signal.SIGKILL)
-            return False
-        self.stop(signal.SIGKILL)  # what it may have left in its group
-        self.stdin.close()
-        self.stdout.close()
-        self.remove_session_files()
-        shutil.rmtree(self.scratch, ignore_errors=True)
-        return True
-
-    def remove_session_files(self) -> None:
-        """The CLI leaves them if it was killed, or was not up yet (2.1.330)."""
-        home = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
-        sessions = os.path.join(home, "sessions")
-        with contextlib.suppress(OSError):
-            for name in os.listdir(sessions):  # glob() would cache a pattern for each
-                if name.startswith(f"{self.process.pid}."):
-                    os.unlink(os.path.join(sessions, name))
-
-
-class TimedReader(io.RawIOBase):
-    """The client's socket. Reading has a deadline for a whole request, so that a byte
-    now and then does not hold a thread for ever. `poke` writes something meaningless to
-    the client, or raises OSError."""
-
-    def __init__(self, connection: socket.socket, poke: Any):
-        self.connection, self.poke = connection, poke
-        self.ended = False  # the client will send no more
-        self.poke_at = 0.0  # when listens() pokes again
-        self.deadline: Optional[float] = None  # None: between requests
-        self.ahead = bytearray()  # came while the last request was being answered
-
-    def readable(self) -> bool:
-        return True
-
-    def has_left(self) -> bool:
-        """Whether the client is gone. What it sends meanwhile is kept."""
-        if self.is_full():
-            return False  # the end can't be seen behind so much
-        if not self.ended:
-            self.connection.setblocking(False)  # who reads or writes sets a time-out
-            try:
-                data = self.connection.recv(MAX_AHEAD)
-            except BlockingIOError:
-                return False
-            except OSError:
-                return True
-            self.ahead += data
-            self.ended = not data
-        return self.ended and not self.listens()
-
-    def listens(self) -> bool:
-        """Whether a client that sends no more still waits for its answer (RFC 9112,
-        9.6). A closed socket answers a write with a reset, and fails the next one."""
-        if time.monotonic() < self.poke_at:
-            return True
-        try:
-            self.poke()
-            time.sleep(0.02)
-            self.poke()
-        except OSError:
-            return False
-        self.poke_at = time.monotonic() + TICK_SECONDS
-        return True
-
-    def is_full(self) -> bool:
-        return len(self.ahead) >= MAX_AHEAD
-
-    def readinto(self, buffer: Any) -> int:
-        if self.ahead:
-            count = min(len(buffer), len(self.ahead))
-            buffer[:count] = self.ahead[:count]
-            del self.ahead[:count]
-            return count
-        now = time.monotonic()
-        left = IDLE_SECONDS if self.deadline is None else self.deadline - now
-        if left <= 0:
-            raise TimeoutError
-        self.connection.settimeout(left)
-        count = self.connection.recv_into(buffer)
-        if self.deadline is None:
-            self.deadline = time.monotonic() + REQUEST_SECONDS
-        return count
-
-
-def listen(
-    claudes: List[Claude], client: TimedReader, patience: float
-) -> Iterator[Optional[Tuple[Claude, Json]]]:
-    """Yield (process, line) for what the CLIs print, and None when there is no more for
-    now, at least every TICK_SECONDS, until all have been stopped.
-
-    One selector waits for the pipes and for the client, so that no thread is needed to
-    notice that it left. Raises Disconnected; APIError 502 if a CLI ends, 504 after
-    `patience` seconds without a sign of life.
-    """
-    with selectors.DefaultSelector() as selector:
-        selector.register(client.connection, selectors.EVENT_READ, client)
-        for claude in claudes:
-            selector.register(claude.stdout, selectors.EVENT_READ, claude)
-        while claudes:
-            for claude in claudes:
-                watch_stdin(selector, claude)
-            for key, _ in selector.select(TICK_SECONDS):
-                claude, lines = key.data, handle_ready(selector, key)
-                # What comes behind the answer is nobody's.
-                yield from ((claude, line) for line in lines if not claude.stopped)
-            if client.ended and client.has_left():
-                raise Disconnected
-            claudes = [c for c in claudes if still_runs(selector, c, patience)]
-            yield None
-
-
-def still_runs(selector: Selector, claude: Claude, patience: float) -> bool:
-    """Whether its answer is to come; see listen()."""
-    if claude.stopped:
-        unwatch(selector, claude)
-    elif claude.ended:
-        raise APIError(502, "The Claude CLI ended before its answer did.", "cli_died")
-    elif time.monotonic() - claude.alive_at > patience:
-        raise APIError(504, f"Claude was silent for {patience:g} seconds.", "timeout")
-    return not claude.stopped
-
-
-def handle_ready(selector: Selector, key: Any) -> List[Json]:
-    """Read or write what is ready -> the lines that came. (A client that is ready has
-    left, or sends its next request already.)"""
-    claude = key.data
-    if isinstance(claude, TimedReader):
-        if claude.has_left():
-            raise Disconnected
-        if claude.is_full() or claude.ended:
-            selector.unregister(key.fileobj)
-    elif key.fileobj is claude.stdout:
-        return claude.read()
-    else:
-        claude.write()
-    return []
-
-
-def watch_stdin(selector: Selector, claude: Claude) -> None:
-    """Wait for room in its stdin while there is something to write, and only then."""
-    watched = claude.stdin in selector.get_map()
-    if claude.outbox and not watched:
-        selector.register(claude.stdin, selectors.EVENT_WRITE, claude)
-    elif watched and not claude.outbox:
-        selector.unregister(claude.stdin)
-
-
-def unwatch(selector: Selector, claude: Claude) -> None:
-    for pipe in (claude.stdin, claude.stdout):
-        with contextlib.suppress(KeyError):
-            selector.unregister(pipe)
-
-
-# ── Spares ─────────────────────────────────────────────────────────────────────────
-# Processes that are started before they are needed, and the end of every process.
-
-
-class Keeper:
-    """Starts the CLI's processes, keeps spare ones, and ends each one.
-
-    A spare is usable if everything already sent to it is a prefix of what the request
-    needs. The longest prefix wins; only the remainder is sent. So there are blank
-    spares, initialized ones (system prompt and tools) and primed ones (also a
-    conversation's turns). A process that has answered is never used again.
-
-    When an answer begins, a spare is sent the conversation so far, and a new process
-    takes the spare's place. When the answer is out, it is sent, too. If all spares have
-    a conversation, the one used least gives way to a blank one as soon as its
-    conversation pauses. Old spares are replaced one at a time. After REST_SECONDS
-    without a request they are not replaced any more.
-
-    The main thread does all this in tick() and feed(), because it has nothing else to
-    do. `lock` guards every field that other threads use. Nothing is waited for under
-    it, so it can't deadlock, and a signal handler may take it again. The main thread
-    waits for `selector`, where the spares' pipes are. The thread that takes a spare
-    unregisters it there, which epoll and kqueue allow during a wait.
-    """
-
-    def __init__(self, installation: Installation, most: int = 0):
-        self.installation, self.most = installation, most
-        self.lock = threading.RLock()
-        self.live: Set[Claude] = set()  # answering
-        self.dying: List[Claude] = []  # sent a signal, not reaped yet
-        self.spares: List[Claude] = []  # the one used least recently first
-        self.wishes: collections.deque = collections.deque(maxlen=8)  # see expect()
-        self.filling = False  # whether to start spares
-        self.setups: collections.deque = collections.deque(maxlen=8)  # asked for before
-        self.model = "sonnet"  # of the last request
-        self.asked_at = time.monotonic()
-        self.home = ""  # see directory()
-        self.selector = selectors.DefaultSelector()
-        self.woken, self.waker = socket.socketpair()  # ends the main thread's wait
-        self.woken.setblocking(False)
-        self.waker.setblocking(False)
-        self.selector.register(self.woken, selectors.EVENT_READ)
-
-    def directory(self) -> str:
-        """The CLIs' home (0700), made again if something removed it. Raises OSError."""
-        with self.lock:
-            if not os.path.isdir(self.home):
-                self.home = tempfile.mkdtemp(prefix="claude-max-")
-            os.makedirs(os.path.join(self.home, CWD), 0o700, exist_ok=True)
-            return self.home
-
-    def start(self, ask: Ask) -> Claude:
-        """A process that has been sent all of `ask`. Raises APIError 503, and
-        RecursionError for JSON that is nested too deeply."""
-        program = self.installation.program()
-        wanted = conversation(ask, ask.turns[:-1], program.version)
-        query = [json.dumps(line) for line in query_lines(ask, program.version)]
-        claude = self.take(wanted, program) or self.spawn(program, ask.model)
-        with self.lock:
-            self.live.add(claude)
-            self.asked_at, self.model = time.monotonic(), ask.model
-        claude.tell(wanted, query)
-        return claude
-
-    def take(self, wanted: Conversation, program: Program) -> Optional[Claude]:
-        """The best usable spare, if any, which is the caller's from now on."""
-        with self.lock:
-            usable = [
-                c for c in self.spares
-                if c.program == program and c.process.poll() is None and c.fits(wanted)
-            ]  # fmt: skip
-            best = max(usable, key=Claude.readiness, default=None)
-            return best and self.release(best)
-
-    def spawn(self, program: Program, model: str) -> Claude:
-        try:
-            return Claude(program, model, self.directory())
-        except OSError as error:
-            problem = f"Claude Code can't be started: {error.strerror}."
-            raise APIError(503, problem, "no_cli")
-
-    def release(self, claude: Claude) -> Claude:
-        """Take a spare away from the main thread. The caller holds the lock."""
-        self.spares.remove(claude)
-        unwatch(self.selector, claude)
-        return claude
-
-    def retire(self, claude: Claude) -> None:
-        """End a process. tick() closes its pipes when it has ended: a CLI that lost its
-        tools before would ask the model what to do."""
-        if not claude.stopped:
-            claude.stop()
-        with self.lock:
-            self.live.discard(claude)
-            self.dying.append(claude)
-
-    def expect(self, ask: Ask, turns: List[Json]) -> None:
-        """Have tick() prepare a spare for a request like `ask` whose turns begin with
-        `turns`. Without turns it is for another conversation: blank the first time,
-        initialized when the same system prompt and tools come again."""
-        if self.most:
-            self.wishes.append((ask, turns))
-            self.filling = True
-        self.wake()
-
-    def wake(self) -> None:
-        """Have the main thread call tick() now."""
-        with contextlib.suppress(OSError):
-            self.waker.send(b"\0")
-
-    def tick(self) -> None:
-        """Reap processes that have ended; prepare and replace spares."""
-        for claude in self.dying[:]:
-            if claude.is_gone():
-                with self.lock:
-                    self.dying.remove(claude)
-        program = self.installation.current()
-        self.drop([c for c in self.spares if c.program != program])
-        if not (program and self.most):
-            self.wishes.clear()
-        while self.wishes:
-            with contextlib.suppress(APIError, RecursionError):
-                self.prepare(*self.wishes.popleft(), program)
-        self.replace_old()
-        if program and self.filling:
-            self.filling = False
-            with contextlib.suppress(APIError):  # the next request reports it
-                while len(self.spares) < self.most:
-                    claude = self.spawn(program, self.model)
-                    self.add(claude, claude.conversation)
-
-    def prepare(self, ask: Ask, turns: List[Json], program: Program) -> None:
-        wanted = conversation(ask, turns, program.version)
-        if not turns and wanted.setup not in self.setups:
-            self.setups.append(wanted.setup)
-            wanted = Conversation(ask.model)
-        claude = self.take(wanted, program)
-        if not claude:
-            self.drop(self.spares[: max(0, len(self.spares) - self.most + 1)])
-            claude = self.spawn(program, ask.model)
-        self.add(claude, wanted)
-
-    def replace_old(self) -> None:
-        """Drop a spare that is too old or, if no spare is blank, one whose conversation
-        pauses; tick() starts another. One at a time: the newest must be up."""
-        now, by_age = time.monotonic(), sorted(self.spares, key=lambda c: c.born)
-        old = [c for c in by_age if c.born < now - SPARE_SECONDS]
-        if all(c.conversation.setup for c in self.spares):
-            old += [c for c in self.spares[:-1] if c.alive_at < now - PAUSE_SECONDS]
-        if old and by_age[-1].born < now - STARTED_SECONDS:
-            self.drop(old[:1])
-            self.filling = now < self.asked_at + REST_SECONDS
-
-    def add(self, claude: Claude, wanted: Conversation) -> None:
-        """Make it a spare, and send it what is missing of `wanted`."""
-        with self.lock:
-            self.spares.append(claude)
-            self.selector.register(claude.stdout, selectors.EVENT_READ, claude)
-            claude.tell(wanted)
-            watch_stdin(self.selector, claude)
-
-    def feed(self, key: Any) -> None:
-        """Something is ready: wake() was called, or a pipe of a spare has more. A spare
-        that fails or ends is dropped."""
-        with self.lock:
-            if key.fileobj is self.woken:
-                self.woken.recv(4096)
-            if key.data in self.spares:  # else it was taken in this very moment
-                try:
-                    lines = handle_ready(self.selector, key)
-                except APIError:
-                    lines = [{"is_error": True}]
-                watch_stdin(self.selector, key.data)
-                if key.data.ended or any(line.get("is_error") for line in lines):
-                    self.drop([key.data])
-
-    def drop(self, claudes: Iterable[Claude]) -> None:
-        """Retire those of `claudes` that are spares."""
-        with self.lock:
-            for claude in [c for c in claudes if c in self.spares]:
-                self.retire(self.release(claude))
-
-    def stop_all(self, how: int) -> None:
-        with self.lock:
-            for claude in [*self.live, *self.dying, *self.spares]:
-                claude.stop(how)
-
-    def close(self) -> None:
-        for resource in (self.selector, self.woken, self.waker):
-            resource.close()
-        shutil.rmtree(self.home, ignore_errors=True)
-
-
-# ── Response ───────────────────────────────────────────────────────────────────────
-# CLI lines -> (Answer) deltas -> (Reply) chunks, or what they add up to. Pure: ids and
-# times are passed in. A kind of line or event is skipped until it has a row in
-# Answer.LINES or Answer.EVENTS.
-
-# The Messages API's stop_reason -> OpenAI's finish_reason; all others are "stop".
-FINISH_REASONS = {
-    "max_tokens": "length", "model_context_window_exceeded": "length",
-    "tool_use": "tool_calls", "refusal": "content_filter",
-}  # fmt: skip
+FINISH_REASONS = {  # the Messages API's stop_reason -> OpenAI's finish_reason
+    "max_tokens": "length",
+    "model_context_window_exceeded": "length",
+    "tool_use": "tool_calls",
+    "refusal": "content_filter",
+}  # all others are "stop"
 # After these stop reasons the CLI makes no further API request, unless the answer was
-# empty. After any other it may, even during shutdown, so it is killed.
-CALM_STOPS = ("end_turn", "stop_sequence")
-CHANNELS = {"text": "content", "thinking": "reasoning_content"}  # by a block's type
-DELTAS = {"text": "text", "thinking": "thinking", "input_json": "partial_json"}
+# empty. After any other it may, even while it shuts down.
+FINAL_STOP_REASONS = ("end_turn", "stop_sequence")
 
 
-class Delta(NamedTuple):
-    """What is new of the answer `index`: a text of a channel (see Answer), or the
-    finish_reason. A call begins with an empty text; else such a text adds nothing."""
+class RepeatableText:
+    """A text that arrives in pieces, and may arrive once more from its beginning.
 
-    index: int
-    channel: Any = None
-    text: str = ""
-    finish_reason: Optional[str] = None
+    If the connection to the API breaks, the CLI repeats the answer. restart() makes
+    add() skip what has come before.
+    """
+
+    def __init__(self) -> None:
+        self.pieces: list[str] = []
+        self.to_skip = ""
+
+    def __str__(self) -> str:
+        return "".join(self.pieces)
+
+    def restart(self) -> None:
+        self.to_skip = str(self)
+
+    def add(self, piece: str) -> str:
+        """Returns what is new of it. Raises APIError 502 if the repetition differs."""
+        if self.to_skip:
+            piece = self.skip_known(piece)
+        self.pieces.append(piece)
+        return piece
+
+    def skip_known(self, piece: str) -> str:
+        if piece.startswith(self.to_skip):
+            new = piece[len(self.to_skip) :]
+            self.to_skip = ""
+            return new
+        if not self.to_skip.startswith(piece):
+            raise interrupted_error()
+        self.to_skip = self.to_skip[len(piece) :]
+        return ""
+
+    def truncate(self, length: int) -> None:
+        self.pieces = [str(self)[:length]]
 
 
-Deltas = Optional[Iterator[Delta]]
+class StopFilter:
+    """Finds stop strings in a text that arrives in pieces.
+
+    It withholds the end of the text while that may be the beginning of a stop string,
+    or is the first half of a surrogate pair.
+    """
+
+    def __init__(self, stop: tuple[str, ...]) -> None:
+        self.stop = stop
+        self.withheld = ""
+        self.sent_length = 0
+        self.matched = False
+
+    def add(self, piece: str) -> str:
+        """Returns what can be sent. Sets `matched` at a stop string."""
+        ends_in_half = "\ud800" <= piece[-1:] <= "\udbff"
+        if not self.stop and not self.withheld and not ends_in_half:
+            return piece
+        text = self.withheld + piece
+        positions = [text.find(string) for string in self.stop if string in text]
+        if positions:
+            self.matched = True
+            sent = text[: min(positions)]
+            self.withheld = ""
+        else:
+            withheld_length = 1 if ends_in_half else 0
+            for string in self.stop:
+                length = partial_match_length(text, string)
+                withheld_length = max(withheld_length, length)
+            sent = text[: len(text) - withheld_length]
+            self.withheld = text[len(sent) :]
+        self.sent_length += len(sent)
+        return sent
+
+    def flush(self) -> str:
+        """The text is complete: returns what was withheld."""
+        text = self.withheld
+        self.withheld = ""
+        return text
+
+
+def partial_match_length(text: str, stop: str) -> int:
+    """How many characters at the end of `text` may be the beginning of `stop`."""
+    for length in range(min(len(stop) - 1, len(text)), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
+
+
+class ToolCall:
+    """A tool call of an answer. `arguments` are JSON, or the text of a custom tool."""
+
+    def __init__(self, index: int, call_id: str, name: str) -> None:
+        self.index = index
+        self.id = call_id
+        self.name = name
+        self.arguments = RepeatableText()
+
+    def to_json(self) -> Json:
+        """An element of `tool_calls` of chat completions."""
+        function = {"name": self.name, "arguments": str(self.arguments)}
+        return {"id": self.id, "type": "function", "function": function}
 
 
 class Answer:
-    """One answer of the model: feed() takes a CLI line and returns deltas.
+    """One answer of the model, as far as it has come.
 
-    `sent` holds what the client has got, in pieces, by channel: "content",
-    "reasoning_content", or the index of a tool call. `finish_reason` is set when the
-    answer is complete; `calm`: whether the CLI would make no further request.
-
-    If the stream breaks, the CLI restarts the answer; `repeated` is then the part of
-    each channel that is still to be skipped.
+    `blocks` are the finished blocks with their signatures. `has_output` is set with the
+    first token, `finish_reason` when the answer is complete. `will_stop` tells whether
+    the CLI then makes no further request to the API by itself. `stop_reason` is the
+    Messages API's; it stays None for an answer that ends at a stop string.
     """
 
-    def __init__(self, ask: Ask, index: int = 0, now: float = 0.0):
-        self.ask, self.index, self.now = ask, index, now
+    def __init__(self) -> None:
         self.model = ""
-        self.usage: Dict[str, int] = {}
-        self.finish_reason: Optional[str] = None
-        self.calm = False
-        self.sent: Dict[Any, List[str]] = collections.defaultdict(list)
-        self.calls: List[Json] = []  # {id, name}
-        self.blocks: List[Json] = []  # the finished ones, with their signatures
-        self.category: Any = None  # of a failure to come
-        self.failed_before = ""  # the text of a failure of the CLI's own
-        self.rate_limit: Json = {}  # what the CLI says of the plan's limit
-        self.repeated: Dict[Any, str] = {}
-        self.held = ""  # text that may be the beginning of a stop string
-        self.block: Json = {}  # the open content block
-        self.pieces: List[str] = []  # of its text, or of its arguments
-        self.channel: Any = None  # where they go
-        self.call_count = 0  # since the answer was started or restarted
+        self.content = RepeatableText()
+        self.reasoning = RepeatableText()
+        self.calls: list[ToolCall] = []
+        self.blocks: list[Json] = []
+        self.usage: dict[str, int] = {}
+        self.finish_reason: str | None = None
+        self.stop_reason: str | None = None
+        self.will_stop = False
+        self.has_output = False
 
-    def feed(self, line: Json) -> List[Delta]:
-        """Raises APIError for a failure that the CLI reports, and 502 for a line of a
-        known kind in a shape that is not known."""
-        try:
-            handler = self.LINES.get(line["type"])
-            if not handler or self.finish_reason:
-                return []
-            deltas = list(handler(self, line) or ())
-        except STRANGE:
-            raise strange_line() from None
-        if self.finish_reason:
-            deltas.append(Delta(self.index, finish_reason=self.finish_reason))
-        return deltas
+    def message(self) -> Json:
+        """The message of chat completions."""
+        content: str | None = str(self.content)
+        if not content and self.calls:
+            content = None
+        message: Json = {"role": "assistant", "content": content, "refusal": None}
+        if str(self.reasoning):
+            message["reasoning_content"] = str(self.reasoning)
+        if self.calls:
+            message["tool_calls"] = [call.to_json() for call in self.calls]
+        return message
 
-    def on_event(self, line: Json) -> Deltas:
-        event = line["event"]
-        handler = self.EVENTS.get(event["type"])
-        nested = line.get("parent_tool_use_id")
-        return handler(self, event) if handler and not nested else None
-
-    def on_message_start(self, event: Json) -> Deltas:
-        first, message = not self.model, event["message"]
-        self.model = string(message["model"])
-        self.count(message["usage"])
-        self.repeated = {key: self.text(key) for key in self.sent if self.text(key)}
-        self.call_count, self.blocks = 0, []
-        if first:
-            yield Delta(self.index, "content")  # a sign of life
-
-    def on_block_start(self, event: Json) -> Deltas:
-        self.block = block = dict(event["content_block"])
-        self.pieces, self.channel = [], CHANNELS.get(block["type"])
-        if block["type"] == "tool_use":
-            if block["name"] != STRUCTURED_OUTPUT:
-                yield from self.on_call(block)
-            elif all(known.get("name") != STRUCTURED_OUTPUT for known in self.blocks):
-                self.channel = "content"  # that of a second call is no part of it
-
-    def on_call(self, block: Json) -> Deltas:
-        index = self.channel = self.call_count
-        self.call_count += 1
-        name = string(self.ask.names.get(block["name"], block["name"]))
-        if index == len(self.calls):
-            self.calls.append({"id": string(block["id"]), "name": name})
-            yield Delta(self.index, index)
-        elif self.calls[index]["name"] != name:  # repeated; the first id stands
-            raise interrupted()
-
-    def on_block_delta(self, event: Json) -> Deltas:
-        delta = event["delta"]
-        kind = delta["type"][: -len("_delta")]
-        if kind == "signature":
-            self.block["signature"] += delta["signature"]
-        elif kind in DELTAS:
-            text = string(delta[DELTAS[kind]])
-            self.pieces.append(text)
-            if self.block.get("name") not in self.ask.wrapped:
-                yield from self.say(text)
-
-    def on_block_stop(self, event: Json) -> Deltas:
-        block, text = self.block, "".join(self.pieces)
-        if block["type"] in CHANNELS:
-            block[block["type"]] += text
-        if block["type"] != "text" or block["text"].strip():
-            self.blocks.append(block)  # the API refuses an empty text
-        wrapped = block.get("name") in self.ask.wrapped
-        if block["type"] == "tool_use" and (wrapped or not text):  # not said in pieces
-            value = call_input(Field({"arguments": text})) if text else block["input"]
-            if wrapped:  # not if it was cut, or the model did not do so
-                value = value[WRAPPED] if value.keys() == {WRAPPED} else text or value
-            if type(value) is not str:  # as a custom tool's is
-                value = json.dumps(value, ensure_ascii=False)
-            yield from self.say(value)
-
-    def on_message_delta(self, event: Json) -> Deltas:
-        self.count(event.get("usage") or {})
-        if event["delta"].get("stop_reason"):
-            yield from self.finish(event["delta"]["stop_reason"])
-
-    def count(self, usage: Json) -> None:
-        """The newest numbers stand: a message's end counts on from its start."""
+    def update_usage(self, usage: Json) -> None:
+        """Later counts replace earlier ones; those of message_delta are cumulative."""
         details = usage.get("output_tokens_details") or {}
-        for key, value in {**usage, **details}.items():
-            if type(value) is int:
-                self.usage[key] = value
+        for counts in (usage, details):
+            for name, value in counts.items():
+                if type(value) is int:
+                    self.usage[name] = value
 
-    def on_assistant(self, line: Json) -> Deltas:
+
+class OpenBlock:
+    """The content block that is arriving. `emit` takes each piece of its text; None
+    where the text is not shown to the client in pieces."""
+
+    def __init__(self, block: Json) -> None:
+        self.block = block
+        self.pieces: list[str] = []
+        self.emit: Callable[[str], None] | None = None
+        self.call: ToolCall | None = None
+
+
+DELTA_FIELDS = {  # the types of deltas that hold a text, and its name
+    "text_delta": "text",
+    "thinking_delta": "thinking",
+    "input_json_delta": "partial_json",
+}
+
+
+class AnswerDecoder:
+    """Reads the lines that the CLI prints for one request, and builds an Answer.
+
+    `now` is the time in epoch seconds. `call_count` is the number of calls since the
+    answer was started or restarted.
+    """
+
+    def __init__(self, request: Request, answer: Answer, now: float) -> None:
+        self.request = request
+        self.decoding = request.decoding
+        self.answer = answer
+        self.now = now
+        self.events: list[Event] = []  # of the line that is being decoded
+        self.open_block = OpenBlock({"type": ""})
+        self.stop_filter = StopFilter(request.decoding.stop)
+        self.skips_reasoning = False  # of a restarted answer
+        self.call_count = 0
+        self.failure_category: Any = None  # reported before the result line
+        self.failure_text = ""
+        self.rate_limit: Json = {}  # the CLI's last rate_limit_info
+
+    def decode(self, line: Json) -> list[Event]:
+        """Raises APIError for a failure that the CLI reports, and 502 for a line of a
+        known kind in an unknown format."""
+        self.events = []
+        handler = LINE_HANDLERS.get(line.get("type", ""))
+        if handler is not None and self.answer.finish_reason is None:
+            try:
+                handler(self, line)
+            except MALFORMED_LINE_ERRORS:
+                raise unexpected_line_error() from None
+        return self.events
+
+    # Lines of the CLI.
+
+    def on_stream_event(self, line: Json) -> None:
+        event = line["event"]
+        handler = EVENT_HANDLERS.get(event["type"])
+        if handler is not None and not line.get("parent_tool_use_id"):
+            handler(self, event)
+
+    def on_assistant(self, line: Json) -> None:
         """A finished block once more; or the text of a failure; or, with a stop_reason
         of its own, an answer that was not streamed."""
         message = line["message"]
-        self.category = line.get("error") or self.category
+        if line.get("error"):
+            self.failure_category = line["error"]
         if message.get("model") == "<synthetic>":  # a failure of the CLI's own
             texts = [block.get("text", "") for block in message["content"]]
-            self.failed_before = "\n".join(texts)
-        elif message.get("stop_reason") and not self.category:
-            yield from self.on_message_start({"message": message})
-            for block in message["content"]:
-                yield from self.on_block_start({"content_block": block})
-                if block["type"] in CHANNELS:
-                    yield from self.say(block[block["type"]])
-                yield from self.on_block_stop({})
-            if not self.finish_reason:  # else it was cut at a stop string
-                yield from self.finish(message["stop_reason"])
+            self.failure_text = "\n".join(texts)
+        elif message.get("stop_reason") and not self.failure_category:
+            self.add_whole_message(message)
 
-    def on_result(self, line: Json) -> Deltas:
+    def on_result(self, line: Json) -> None:
         """The end of the turn. An answer would have been complete before."""
-        status, reason = line.get("api_error_status"), line.get("terminal_reason")
+        api_status = line.get("api_error_status")
         if not line.get("is_error"):
-            if not self.failed_before:
-                raise APIError(502, "Claude ended without an answer.")
-            status = 400  # 2.1.112 refuses an image by itself so
-        words = [reason, status, self.category]
-        if self.category == "authentication_failed":  # also with a 403
-            words = [self.category]
-        text = str(line.get("result") or self.failed_before)
-        wait = (self.rate_limit.get("resetsAt") or 0) - self.now
-        raise failure(words, text, wait, self.now)
+            if not self.failure_text:
+                raise APIError(502, "Claude ended without an answer.", "upstream_error")
+            api_status = 400  # 2.1.112 reports an image that it rejects in this way
+        text = line.get("result")
+        if not text:
+            text = self.failure_text
+        reset_time = self.rate_limit.get("resetsAt")
+        wait = reset_time - self.now if reset_time else 0.0
+        raise upstream_error(
+            line.get("terminal_reason"),
+            api_status,
+            self.failure_category,
+            str(text),
+            wait,
+            self.now,
+        )
 
-    def on_system(self, line: Json) -> Deltas:
-        """The tools that the CLI took: it drops one in silence if it does not like the
-        schema. Or a retry to come: it only helps against failures of the API's own."""
-        if line.get("subtype") == "init":
-            taken = line.get("tools") or []
-            taken = [*taken, "Agent"] if "Task" in taken else taken  # one name for both
-            for tool in self.ask.setup.tools:
-                if tool["name"] not in taken:
-                    name = self.ask.names.get(tool["name"], tool["name"])
-                    message = f"Claude Code does not take the schema of '{name}'."
-                    raise APIError(400, message, "invalid_schema", "tools")
-        elif line.get("subtype") == "api_retry":
-            status, category = line["error_status"] or 0, line.get("error")
-            if 400 <= status < 500:
-                text = f"The Claude API answered {status} ({category})."
-                wait = line["retry_delay_ms"] / 1000
-                raise failure([status, category], text, wait, self.now)
+    def on_system(self, line: Json) -> None:
+        subtype = line.get("subtype")
+        if subtype == "init":
+            self.check_tools(line.get("tools") or [])
+        elif subtype == "api_retry":
+            self.check_retry(line)
 
     def on_rate_limit(self, line: Json) -> None:
         self.rate_limit = dict(line["rate_limit_info"])
 
-    EVENTS = {
-        "message_start": on_message_start, "content_block_start": on_block_start,
-        "content_block_delta": on_block_delta, "content_block_stop": on_block_stop,
-        "message_delta": on_message_delta,
-    }  # fmt: skip
-    LINES = {
-        "stream_event": on_event, "assistant": on_assistant, "result": on_result,
-        "system": on_system, "rate_limit_event": on_rate_limit,
-    }  # fmt: skip
+    def check_tools(self, cli_tools: list[str]) -> None:
+        """A tool that is missing from the CLI's list was silently dropped. (Its own
+        name for a tool named Agent is Task.)"""
+        known = set(cli_tools)
+        if "Task" in known:
+            known.add("Agent")
+        for tool in self.request.prompt.tools:
+            if tool["name"] not in known:
+                name = self.decoding.tool_names.get(tool["name"], tool["name"])
+                message = f"Claude Code rejected the input schema of tool '{name}'."
+                raise APIError(400, message, "invalid_schema", "tools")
 
-    def say(self, text: str) -> Deltas:
-        """The delta for what is new of a text of the open block."""
-        channel = self.channel
-        if channel is None or self.finish_reason:  # the answer was cut at a stop string
-            return
-        if channel in self.repeated:
-            text = self.skip_repeated(channel, text)
-        self.sent[channel].append(text)
-        text = self.hold_back(text) if channel == "content" else text
+    def check_retry(self, line: Json) -> None:
+        """The CLI will repeat its request. That only helps against failures of the
+        API's own; any other is reported at once."""
+        api_status = line["error_status"] or 0
+        category = line.get("error")
+        if 400 <= api_status < 500:
+            text = f"The Claude API answered {api_status} ({category})."
+            wait = line["retry_delay_ms"] / 1000
+            raise upstream_error(None, api_status, category, text, wait, self.now)
+
+    # Events of the Messages API.
+
+    def on_message_start(self, event: Json) -> None:
+        self.start_message(event["message"])
+
+    def on_block_start(self, event: Json) -> None:
+        self.start_block(event["content_block"])
+
+    def on_block_delta(self, event: Json) -> None:
+        delta = event["delta"]
+        field = DELTA_FIELDS.get(delta["type"])
+        if field is not None:
+            self.add_text(require_str(delta[field]))
+        elif delta["type"] == "signature_delta":
+            self.open_block.block["signature"] += delta["signature"]
+
+    def on_block_stop(self, event: Json) -> None:
+        self.finish_block()
+
+    def on_message_delta(self, event: Json) -> None:
+        self.answer.update_usage(event.get("usage") or {})
+        stop_reason = event["delta"].get("stop_reason")
+        if stop_reason:
+            self.finish_message(stop_reason)
+
+    # Building the answer, from a stream or from a whole message.
+
+    def add_whole_message(self, message: Json) -> None:
+        self.start_message(message)
+        for block in message["content"]:
+            self.start_block(block)
+            if block["type"] in ("text", "thinking") and self.open_block.emit:
+                self.open_block.emit(block[block["type"]])
+            self.finish_block()
+        if self.answer.finish_reason is None:  # it may have ended at a stop string
+            self.finish_message(message["stop_reason"])
+
+    def start_message(self, message: Json) -> None:
+        """A second one means that the connection to the API broke: the CLI repeats the
+        answer."""
+        is_first = not self.answer.model
+        self.answer.model = require_str(message["model"])
+        self.answer.update_usage(message["usage"])
+        self.answer.blocks = []
+        self.call_count = 0
+        self.answer.content.restart()
+        for call in self.answer.calls:
+            call.arguments.restart()
+        if str(self.answer.reasoning):
+            self.skips_reasoning = (
+                True  # the retry thinks anew; keep the first thinking
+            )
+        if is_first:
+            self.events.append(MessageStarted())
+
+    def start_block(self, content_block: Json) -> None:
+        block = OpenBlock(dict(content_block))
+        self.open_block = block
+        if content_block["type"] == "text":
+            block.emit = self.emit_text
+        elif content_block["type"] == "thinking":
+            block.emit = self.emit_reasoning
+        elif content_block["type"] == "tool_use":
+            if content_block["name"] != STRUCTURED_OUTPUT:
+                block.call = self.start_call(content_block)
+                block.emit = functools.partial(self.emit_arguments, block.call)
+            elif not self.has_structured_output():
+                block.emit = self.emit_text  # only the first one is the answer
+
+    def has_structured_output(self) -> bool:
+        names = [block.get("name") for block in self.answer.blocks]
+        return STRUCTURED_OUTPUT in names
+
+    def start_call(self, block: Json) -> ToolCall:
+        index = self.call_count
+        self.call_count += 1
+        name = self.decoding.tool_names.get(block["name"], block["name"])
+        if index == len(self.answer.calls):
+            call = ToolCall(index, require_str(block["id"]), require_str(name))
+            self.answer.calls.append(call)
+            self.events.append(ToolCallStarted(index, call.id, call.name))
+        elif self.answer.calls[index].name != name:
+            raise interrupted_error()
+        return self.answer.calls[index]  # the id of a repeated call is the first one's
+
+    def add_text(self, text: str) -> None:
+        """Add a piece of the open block's text."""
+        block = self.open_block
+        block.pieces.append(text)
+        self.answer.has_output = True
+        if block.emit is not None and not self.is_wrapped(block.block):
+            block.emit(text)
+
+    def is_wrapped(self, block: Json) -> bool:
+        return block.get("name") in self.decoding.wrapped_tools
+
+    def finish_block(self) -> None:
+        """Keep the block as the API wants it back, and emit the input of a call that
+        was not emitted in pieces."""
+        block = self.open_block.block
+        text = "".join(self.open_block.pieces)
+        if block["type"] in ("text", "thinking"):
+            block[block["type"]] += text
+        if block["type"] != "text" or block["text"].strip():  # the API refuses a blank
+            self.answer.blocks.append(block)
+        if block["type"] == "tool_use" and self.open_block.emit is not None:
+            if self.is_wrapped(block):
+                self.open_block.emit(self.unwrapped_input(block, text))
+            elif not text:
+                self.open_block.emit(compact_json(block["input"]))
+
+    def unwrapped_input(self, block: Json, text: str) -> str:
+        """The input of a call of a wrapped tool, without the wrapping: JSON, or the
+        text of a custom tool. What the model did not wrap, or what is truncated, is
+        returned as it is; of a truncated text, what has come of it."""
+        value = block["input"]
         if text:
-            yield Delta(self.index, channel, text)
-
-    def skip_repeated(self, channel: Any, text: str) -> str:
-        """What is new of a text of a restarted answer."""
-        if channel == "reasoning_content":
-            return ""  # a second train of thought; the first one stands
-        before = self.repeated.pop(channel)
-        if text.startswith(before):
-            return text[len(before) :]
-        if not before.startswith(text):
-            raise interrupted()
-        self.repeated[channel] = before[len(text) :]  # never "", see above
-        return ""
-
-    def hold_back(self, text: str) -> str:
-        """Cut at a stop string; keep what may become one, and half an emoji."""
-        half = "\ud800" <= text[-1:] <= "\udbff"
-        if not (self.ask.stops or self.held or half):
+            try:
+                value = load_json(text)
+            except (ValueError, RecursionError):
+                if block["name"] in self.decoding.text_tools:
+                    return truncated_text(text)
+                return text
+        if type(value) is dict and value.keys() == {WRAPPER_KEY}:
+            value = value[WRAPPER_KEY]
+        elif text:
             return text
-        text = self.held + text
-        found = [place for place in map(text.find, self.ask.stops) if place >= 0]
-        if found:
-            self.sent["content"] = [self.text("content")[: min(found) - len(text)]]
-            self.held, self.finish_reason, self.calm = "", "stop", True
-            return text[: min(found)]
-        keep = max([open_end(text, stop) for stop in self.ask.stops] + [int(half)])
-        self.held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        if type(value) is str:
+            return value
+        return compact_json(value)
 
-    def finish(self, reason: str) -> Deltas:
-        """The message is complete: release what was held back."""
-        missing = self.repeated.keys() - {"reasoning_content"}
-        if missing or self.call_count < len(self.calls):
-            raise interrupted()
-        ours = reason == "tool_use" and not self.calls  # it was STRUCTURED_OUTPUT
-        self.finish_reason = "stop" if ours else FINISH_REASONS.get(reason, "stop")
-        self.calm = reason in CALM_STOPS and bool(self.text("content"))
-        yield Delta(self.index, "content", self.held)
+    def finish_message(self, stop_reason: str) -> None:
+        self.check_repetition()
+        withheld = self.stop_filter.flush()
+        if withheld:
+            self.events.append(TextDelta(withheld))
+        finish_reason = FINISH_REASONS.get(stop_reason, "stop")
+        if stop_reason == "tool_use" and not self.answer.calls:
+            finish_reason = "stop"  # it was STRUCTURED_OUTPUT
+        is_final = stop_reason in FINAL_STOP_REASONS
+        self.answer.stop_reason = stop_reason
+        self.answer.will_stop = is_final and bool(str(self.answer.content))
+        self.finish(finish_reason)
 
-    def text(self, channel: Any) -> str:
-        return "".join(self.sent.get(channel, ()))
+    def check_repetition(self) -> None:
+        """Raises APIError 502 if a repeated answer ended before the first one did."""
+        texts = [self.answer.content]
+        texts += [call.arguments for call in self.answer.calls]
+        if any(text.to_skip for text in texts):
+            raise interrupted_error()
+        if self.call_count < len(self.answer.calls):
+            raise interrupted_error()
 
-    def message(self) -> Json:
-        """The message of chat completions that the deltas add up to."""
-        calls = [call_of(c, self.text(i)) for i, c in enumerate(self.calls)]
-        content = self.text("content") or (None if calls else "")
-        message = {"role": "assistant", "content": content, "refusal": None}
-        if self.text("reasoning_content"):
-            message["reasoning_content"] = self.text("reasoning_content")
-        return {**message, "tool_calls": calls} if calls else message
+    def finish(self, finish_reason: str) -> None:
+        self.answer.finish_reason = finish_reason
+        self.events.append(MessageFinished(finish_reason))
+
+    def emit_text(self, piece: str) -> None:
+        """Emit what is new of the answer's text, up to a stop string."""
+        if self.answer.finish_reason is not None:  # there was a stop string before
+            return
+        text = self.stop_filter.add(self.answer.content.add(piece))
+        if text:
+            self.events.append(TextDelta(text))
+        if self.stop_filter.matched:
+            self.answer.content.truncate(self.stop_filter.sent_length)
+            self.answer.will_stop = True  # it is in the middle of its only request
+            self.finish("stop")
+
+    def emit_reasoning(self, piece: str) -> None:
+        if piece and not self.skips_reasoning and self.answer.finish_reason is None:
+            self.answer.reasoning.add(piece)
+            self.events.append(ReasoningDelta(piece))
+
+    def emit_arguments(self, call: ToolCall, piece: str) -> None:
+        text = call.arguments.add(piece)
+        if text and self.answer.finish_reason is None:
+            self.events.append(ToolCallDelta(call.index, text))
 
 
-def call_of(call: Json, arguments: str) -> Json:
-    """An element of `tool_calls`."""
-    function = {"name": call["name"], "arguments": arguments}
-    return {"id": call["id"], "type": "function", "function": function}
+EVENT_HANDLERS: dict[str, Callable[[AnswerDecoder, Json], None]] = {
+    "message_start": AnswerDecoder.on_message_start,
+    "content_block_start": AnswerDecoder.on_block_start,
+    "content_block_delta": AnswerDecoder.on_block_delta,
+    "content_block_stop": AnswerDecoder.on_block_stop,
+    "message_delta": AnswerDecoder.on_message_delta,
+}
+LINE_HANDLERS: dict[str, Callable[[AnswerDecoder, Json], None]] = {
+    "stream_event": AnswerDecoder.on_stream_event,
+    "assistant": AnswerDecoder.on_assistant,
+    "result": AnswerDecoder.on_result,
+    "system": AnswerDecoder.on_system,
+    "rate_limit_event": AnswerDecoder.on_rate_limit,
+}
 
 
-def string(value: Any) -> str:
+def require_str(value: Any) -> str:
     if type(value) is not str:
         raise TypeError
     return value
 
 
-def interrupted() -> APIError:
-    message = "The connection broke, and Claude began another answer."
+def compact_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def truncated_text(text: str) -> str:
+    """What has come of the string in '{"input": "…', when the end is missing."""
+    start = re.match(r'\s*\{\s*"%s"\s*:\s*"' % WRAPPER_KEY, text)
+    if start is None:
+        return text
+    rest = text[start.end() :]
+    for length in range(len(rest), max(-1, len(rest) - 6), -1):  # an escape may be cut
+        with contextlib.suppress(ValueError):
+            return require_str(json.loads(f'"{rest[:length]}"'))
+    return text
+
+
+def interrupted_error() -> APIError:
+    message = (
+        "The connection to the Claude API broke, and the retry answered otherwise."
+    )
     return APIError(502, message, "stream_interrupted")
 
 
-def open_end(text: str, stop: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `stop`."""
-    sizes = range(min(len(stop) - 1, len(text)), 0, -1)
-    return next((size for size in sizes if text.endswith(stop[:size])), 0)
+# ── Writers ──────────────────────────────────────────────────────────────────────
+# Events -> what the client gets: chunks of chat completions, or events of Responses, or
+# one JSON body of either. Pure: ids and the clock are passed in. ChatWriter and
+# ResponseWriter have the same methods.
 
 
-class Reply:
-    """A chat completion: its answers, and how they are written, streamed or not."""
+class TokenCounts(NamedTuple):
+    """The usage of a response in tokens. `input` includes what was read from and
+    written to the prompt cache."""
 
-    prefix = "chatcmpl-"
+    input: int
+    cached: int
+    cache_write: int
+    output: int
+    reasoning: int
 
-    def __init__(self, ask: Ask, id: str, created: int):
-        self.ask, self.id, self.created = ask, self.prefix + id, created
-        self.answers = [Answer(ask, index, created) for index in range(ask.n)]
-        self.first: Optional[float] = None  # seconds until its first token
-        self.texts: Memory = {}  # to be kept
-        self.begun: Set[int] = set()  # answers that have sent a role
+
+def count_tokens(answers: list[Answer]) -> TokenCounts:
+    """The Messages API's usage of each answer, summed up. Its `input_tokens` leave out
+    what was read from, or written to, the prompt cache."""
+    sums: collections.Counter[str] = collections.Counter()
+    for answer in answers:
+        sums.update(answer.usage)
+    cached = sums["cache_read_input_tokens"]
+    written = sums["cache_creation_input_tokens"]
+    return TokenCounts(
+        input=sums["input_tokens"] + cached + written,
+        cached=cached,
+        cache_write=written,
+        output=sums["output_tokens"],
+        reasoning=sums["thinking_tokens"],
+    )
+
+
+def sse_event(data: Json, name: str = "") -> str:
+    """A server-sent event (HTML standard, 9.2)."""
+    text = f"data: {json.dumps(data)}\n\n"
+    if name:
+        return f"event: {name}\n{text}"
+    return text
+
+
+class ChatWriter:
+    """Writes a chat completion. `started` are the choices whose role has been sent."""
+
+    def __init__(
+        self,
+        request: Request,
+        answers: list[Answer],
+        unique_id: str,
+        clock: Callable[[], float],
+    ) -> None:
+        self.request = request
+        self.answers = answers
+        self.id = f"chatcmpl-{unique_id}"
+        self.created = int(clock())
+        self.started: set[int] = set()
 
     @property
     def model(self) -> str:
-        """The API's own name for it, as soon as it is known."""
-        return self.answers[0].model or self.ask.requested
+        """The API's own name for it, as soon as that is known."""
+        return self.answers[0].model or self.request.output.model
+
+    def usage(self) -> Json:
+        counts = count_tokens(self.answers)
+        return {
+            "prompt_tokens": counts.input,
+            "completion_tokens": counts.output,
+            "total_tokens": counts.input + counts.output,
+            "prompt_tokens_details": {"cached_tokens": counts.cached},
+            "completion_tokens_details": {"reasoning_tokens": counts.reasoning},
+        }
+
+    def record(self, index: int, event: Event) -> None:
+        """An event of a response that is not streamed. body() needs only the
+        answers."""
+
+    def write(self, index: int, event: Event) -> str:
+        """The chunk for an event of the choice `index`."""
+        delta: Json = {}
+        finish_reason = None
+        if index not in self.started:
+            self.started.add(index)
+            delta["role"] = "assistant"
+            delta["content"] = ""
+        if isinstance(event, TextDelta):
+            delta["content"] = event.text
+        elif isinstance(event, ReasoningDelta):
+            delta["reasoning_content"] = event.text
+        elif isinstance(event, ToolCallStarted):
+            function = {"name": event.name, "arguments": ""}
+            call = {"id": event.call_id, "type": "function", "function": function}
+            delta["tool_calls"] = [{"index": event.call_index, **call}]
+        elif isinstance(event, ToolCallDelta):
+            function = {"arguments": event.arguments}
+            delta["tool_calls"] = [{"index": event.call_index, "function": function}]
+        elif isinstance(event, MessageFinished):
+            finish_reason = event.finish_reason
+        choice = {"index": index, "delta": delta, "finish_reason": finish_reason}
+        return self.chunk([choice])
+
+    def chunk(self, choices: list[Json], usage: Json | None = None) -> str:
+        chunk = {
+            "id": self.id,
+            "object": "chat.completion.chunk",
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
+        if self.request.output.include_usage:
+            chunk["usage"] = usage
+        return sse_event(chunk)
+
+    def keep_alive(self) -> str:
+        """A chunk that changes nothing. (A comment would not reset the watchdogs of
+        some clients.)"""
+        if not self.started:
+            return self.write(0, MessageStarted())
+        choice = {"index": 0, "delta": {"content": ""}, "finish_reason": None}
+        return self.chunk([choice])
+
+    def end(self) -> str:
+        """The end of a complete stream."""
+        text = "data: [DONE]\n\n"
+        if self.request.output.include_usage:
+            text = self.chunk([], self.usage()) + text
+        return text
+
+    def error(self, error: APIError) -> str:
+        """The end of a stream that fails after it has begun."""
+        return sse_event({"error": error.to_json()})
+
+    def body(self) -> Json:
+        """The response that is not streamed."""
+        choices = [
+            {
+                "index": index,
+                "message": answer.message(),
+                "logprobs": None,
+                "finish_reason": answer.finish_reason,
+            }
+            for index, answer in enumerate(self.answers)
+        ]
+        return {
+            "id": self.id,
+            "object": "chat.completion",
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+            "usage": self.usage(),
+        }
+
+    def answer_turns(self, cache: AnswerCache) -> list[Json]:
+        """The turns that the answer adds, if the client sends it back as it is."""
+        return chat_answer_turns(self.request, self.answers[0].message(), cache)
+
+    def remember(self, cache: AnswerCache) -> None:
+        """Chat completions are not stored: clients send the whole conversation."""
+
+
+REFUSAL_MESSAGE = "Claude refused to answer this request."
+
+
+class PartKind(NamedTuple):
+    """How the parts of an item are streamed: the item's field that lists them, the name
+    of their events, of their index, and an empty part."""
+
+    list_field: str
+    event: str
+    index_field: str
+    empty: Json
+
+
+class ItemKind(NamedTuple):
+    """How the text of an item is streamed: the name of its events, the field that holds
+    it, and the part that it stands in, if any."""
+
+    text_event: str
+    text_field: str
+    part: PartKind | None = None
+
+
+ITEM_KINDS = {
+    "message": ItemKind(
+        "output_text",
+        "text",
+        PartKind(
+            "content",
+            "content_part",
+            "content_index",
+            {"type": "output_text", "text": "", "annotations": [], "logprobs": []},
+        ),
+    ),
+    "reasoning": ItemKind(
+        "reasoning_summary_text",
+        "text",
+        PartKind(
+            "summary",
+            "reasoning_summary_part",
+            "summary_index",
+            {"type": "summary_text", "text": ""},
+        ),
+    ),
+    "function_call": ItemKind("function_call_arguments", "arguments"),
+    "custom_tool_call": ItemKind("custom_tool_call_input", "input"),
+}
+# The codes that OpenAI's schema allows in response.failed, and server_is_overloaded,
+# which Codex knows. At any other code, Codex repeats the request six times.
+FAILED_RESPONSE_CODES = {
+    "server_error",
+    "rate_limit_exceeded",
+    "invalid_prompt",
+    "context_length_exceeded",
+    "insufficient_quota",
+    "server_is_overloaded",
+}
+
+
+def failed_response_code(error: APIError) -> str:
+    if error.code in FAILED_RESPONSE_CODES:
+        return str(error.code)
+    if error.status < 500 and error.status != 429:
+        return "invalid_prompt"
+    return "server_error"
+
+
+class ResponseWriter:
+    """Writes a response of /v1/responses: one item after another, each with its events.
+
+    `items` are the items of the output. The last one is open while `open_source` is
+    set: the kind of event, and for calls their index, whose texts go into it. `pieces`
+    is its text so far.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        answers: list[Answer],
+        unique_id: str,
+        clock: Callable[[], float],
+    ) -> None:
+        self.request = request
+        self.answer = answers[0]
+        self.unique_id = unique_id
+        self.id = f"resp_{unique_id}"
+        self.clock = clock
+        self.created = int(clock())
+        self.completed_at: int | None = None
+        self.items: list[Json] = []
+        self.open_source: Any = None
+        self.pieces: list[str] = []
+        self.failure: Json | None = None  # {code, message}
+        self.unsent: list[str] = []  # events as text
+        self.sequence_number = 0
 
     @property
-    def is_complete(self) -> bool:
-        return all(answer.finish_reason for answer in self.answers)
+    def model(self) -> str:
+        """The API's own name for it, as soon as that is known."""
+        return self.answer.model or self.request.output.model
 
-    def usage(self, input: str = "prompt", output: str = "completion") -> Json:
-        """The Messages API's usage of each answer as OpenAI's, summed. Its input_tokens
-        leave out what was read from, or written to, the prompt cache."""
-        sums: Dict[str, int] = collections.Counter()
-        for answer in self.answers:
-            sums.update(answer.usage)
-        cached, made = sums["cache_read_input_tokens"], sums["output_tokens"]
-        read = sums["input_tokens"] + sums["cache_creation_input_tokens"] + cached
-        return {
-            f"{input}_tokens": read, f"{output}_tokens": made,
-            "total_tokens": read + made,
-            f"{input}_tokens_details": {"cached_tokens": cached},
-            f"{output}_tokens_details": {"reasoning_tokens": sums["thinking_tokens"]},
-        }  # fmt: skip
+    def record(self, index: int, event: Event) -> None:
+        """An event of a response that is not streamed."""
+        self.write(index, event)
 
-    def chunk(self, choices: List[Json], usage: Optional[Json] = None) -> str:
-        chunk = {"id": self.id, "object": "chat.completion.chunk"}
-        chunk.update(created=self.created, model=self.model, choices=choices)
-        if self.ask.include_usage:
-            chunk["usage"] = usage
-        return f"data: {json.dumps(chunk)}\n\n"
+    def write(self, index: int, event: Event) -> str:
+        """The server-sent events for an event of the answer."""
+        if not self.sequence_number:
+            self.add_created_event()
+        if isinstance(event, TextDelta):
+            self.add_text("message", event.text)
+        elif isinstance(event, ReasoningDelta):
+            if self.request.output.show_reasoning:
+                self.add_text("reasoning", event.text)
+        elif isinstance(event, ToolCallStarted):
+            self.close_item("completed")
+            self.open_call_item(event)
+        elif isinstance(event, ToolCallDelta):
+            self.add_arguments(event)
+        elif isinstance(event, MessageFinished):
+            is_cut = event.finish_reason == "length"
+            self.close_item("incomplete" if is_cut else "completed")
+            self.completed_at = int(self.clock())
+            if event.finish_reason == "content_filter":
+                self.failure = {"code": "invalid_prompt", "message": REFUSAL_MESSAGE}
+        return self.take_unsent()
 
-    def event(self, delta: Delta) -> str:
-        """A delta as server-sent events; "" if it adds nothing."""
-        index, channel, text, reason = delta
-        fields = {} if index in self.begun else {"role": "assistant", "content": ""}
-        self.begun.add(index)
-        if type(channel) is int:
-            call = {"index": channel, "function": {"arguments": text}}
-            if not text:
-                call.update(call_of(self.answers[index].calls[channel], ""))
-            fields["tool_calls"] = [call]
-        elif text:
-            fields[channel] = text
-        choice = {"index": index, "delta": fields, "finish_reason": reason}
-        return self.chunk([choice]) if fields or reason else ""
-
-    def alive(self) -> str:
+    def keep_alive(self) -> str:
         """An event that changes nothing."""
-        choice = {"index": 0, "delta": {"content": ""}, "finish_reason": None}
-        return self.event(Delta(0)) or self.chunk([choice])
+        if not self.sequence_number:
+            self.add_created_event()
+        else:
+            self.add_event("response.in_progress", response=self.body())
+        return self.take_unsent()
 
     def end(self) -> str:
-        usage = self.chunk([], self.usage()) if self.ask.include_usage else ""
-        return usage + "data: [DONE]\n\n"
+        """The end of a complete stream."""
+        if self.failure is not None:
+            return self.error(APIError(400, REFUSAL_MESSAGE, "invalid_prompt"))
+        response = self.body()
+        self.add_event(f"response.{response['status']}", response=response)
+        return self.take_unsent()
 
-    def fail(self, error: APIError) -> str:
-        """The end of a stream that has begun."""
-        return f"data: {json.dumps({'error': error.error})}\n\n"
+    def error(self, error: APIError) -> str:
+        """The end of a stream that fails after it has begun. OpenAI's schema has the
+        fields of the `error` event at its top; most SDKs read them from an object."""
+        body = error.to_json()
+        self.failure = {
+            "code": failed_response_code(error),
+            "message": error.message,
+        }
+        self.add_event(
+            "error",
+            error=body,
+            message=error.message,
+            code=error.code,
+            param=error.param,
+        )
+        self.add_event("response.failed", response=self.body())
+        return self.take_unsent()
 
-    def completion(self) -> Json:
-        """What the deltas add up to."""
-        keys = "index", "message", "logprobs", "finish_reason"
-        rows = [(a.index, a.message(), None, a.finish_reason) for a in self.answers]
-        choices = [dict(zip(keys, row)) for row in rows]
-        head = {"id": self.id, "object": "chat.completion", "created": self.created}
-        return {**head, "model": self.model, "choices": choices, "usage": self.usage()}
+    def body(self) -> Json:
+        """The response as far as it has come."""
+        finish_reason = self.answer.finish_reason
+        usage = None
+        status = "in_progress"
+        incomplete_details = None
+        if finish_reason is not None:
+            usage = self.usage()
+            status = "completed"
+        if finish_reason == "length":
+            status = "incomplete"
+            incomplete_details = {"reason": "max_output_tokens"}
+        if self.failure is not None:
+            status = "failed"
+        return {
+            "id": self.id,
+            "object": "response",
+            "created_at": self.created,
+            "completed_at": self.completed_at if status == "completed" else None,
+            "status": status,
+            "model": self.model,
+            "error": self.failure,
+            "incomplete_details": incomplete_details,
+            "output": self.items,
+            "usage": usage,
+            **self.request.output.echo,
+            "store": self.request.output.store,
+            "background": False,
+            "service_tier": "default",
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "top_logprobs": 0,
+        }
 
-    def add_to(self, script: Transcript) -> None:
-        """Add the answer as a client sends it back."""
-        script.add_message(Field(self.answers[0].message()))
+    def usage(self) -> Json:
+        counts = count_tokens([self.answer])
+        return {
+            "input_tokens": counts.input,
+            "input_tokens_details": {
+                "cached_tokens": counts.cached,
+                "cache_write_tokens": counts.cache_write,
+            },
+            "output_tokens": counts.output,
+            "output_tokens_details": {"reasoning_tokens": counts.reasoning},
+            "total_tokens": counts.input + counts.output,
+        }
 
-    def notes(self) -> Json:
-        """What the log says of it."""
-        notes: Json = {"model": printable(self.model)[:60]}
-        if self.first is not None:
-            notes["first"] = f"{self.first:.3f}"
-        if self.is_complete:
-            read, made, _, cached, _ = self.usage().values()
-            notes.update({"in": read, "cached": cached["cached_tokens"], "out": made})
-        return notes
+    def answer_turns(self, cache: AnswerCache) -> list[Json]:
+        """The turns that the answer adds, if the client sends it back as it is."""
+        return response_answer_turns(self.request, self.items, cache)
 
+    def remember(self, cache: AnswerCache) -> None:
+        """Keep what later requests may refer to by an id: the texts of the items, and
+        the response itself unless the client forbids it."""
+        for item in self.items:
+            if item["type"] == "message":
+                cache.add_item_text(item["id"], item["content"][0]["text"])
+        output = self.request.output
+        if output.store:
+            previous_id = output.echo["previous_response_id"]
+            items = output.input_items + self.items
+            cache.add_response(self.id, StoredResponse(previous_id, items))
 
-REFUSAL = "Claude refused to answer this request."
-# The type of an item -> its event of text, and the field that holds the text in it.
-TEXT_EVENTS = {
-    "message": ("output_text", "text"),
-    "reasoning": ("reasoning_summary_text", "text"),
-    "function_call": ("function_call_arguments", "arguments"),
-    "custom_tool_call": ("custom_tool_call_input", "input"),
-}
-# Where the text is a part: the field of the parts, their event, index, and empty part.
-TEXT_PART = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-THOUGHT_PART = {"type": "summary_text", "text": ""}
-PART_EVENTS = {
-    "message": ("content", "content_part", "content_index", TEXT_PART),
-    "reasoning": ("summary", "reasoning_summary_part", "summary_index", THOUGHT_PART),
-}
+    # Events.
 
+    def add_created_event(self) -> None:
+        self.add_event("response.created", response=self.body())
+        self.add_event("response.in_progress", response=self.body())
 
-class ResponseReply(Reply):
-    """A response of /v1/responses: one item after another, each with its events.
+    def add_event(self, event_type: str, **fields: Any) -> None:
+        event = {
+            "type": event_type,
+            "sequence_number": self.sequence_number,
+            **fields,
+        }
+        self.sequence_number += 1
+        self.unsent.append(sse_event(event, event_type))
 
-    `output` holds the items, `channel` that of the open one (see Answer), `pieces` its
-    text so far, `events` what is to be sent.
-    """
+    def add_item_event(self, event_name: str, **fields: Any) -> None:
+        """An event within the open item."""
+        item = self.items[-1]
+        position: Json = {
+            "output_index": len(self.items) - 1,
+            "item_id": item["id"],
+        }
+        part = ITEM_KINDS[item["type"]].part
+        if part is not None:
+            position[part.index_field] = 0
+        self.add_event(f"response.{event_name}", **position, **fields)
 
-    prefix = "resp_"
+    def add_output_item_event(self, name: str) -> None:
+        """The beginning or the end of the open item."""
+        index = len(self.items) - 1
+        event_type = f"response.output_item.{name}"
+        self.add_event(event_type, output_index=index, item=self.items[-1])
 
-    def __init__(self, ask: Ask, id: str, created: int):
-        super().__init__(ask, id, created)
-        self.output: List[Json] = []
-        self.channel: Any = None
-        self.pieces: List[str] = []
-        self.events: List[str] = []
-        self.sequence = 0
-        self.failed: Optional[Json] = None  # {code, message}
+    def take_unsent(self) -> str:
+        text = "".join(self.unsent)
+        self.unsent = []
+        return text
 
-    def emit(self, type: str, **fields: Any) -> None:
-        event = {"type": type, "sequence_number": self.sequence, **fields}
-        self.sequence += 1
-        self.events.append(f"event: {type}\ndata: {json.dumps(event)}\n\n")
+    # Items.
 
-    def emit_inside(self, event: str, **fields: Any) -> None:
-        """An event of the open item."""
-        item, place = self.output[-1], {"output_index": len(self.output) - 1}
-        if "item" not in fields:
-            place["item_id"] = item["id"]
-            if item["type"] in PART_EVENTS:
-                place[PART_EVENTS[item["type"]][2]] = 0
-        self.emit(f"response.{event}", **place, **fields)
+    def add_text(self, item_type: str, text: str) -> None:
+        """Add to the open message or reasoning, or open one."""
+        if self.open_source != item_type:
+            self.close_item("completed")
+            self.open_text_item(item_type)
+        self.add_delta(text)
 
-    def flush(self) -> str:
-        events, self.events = "".join(self.events), []
-        return events
+    def add_arguments(self, event: ToolCallDelta) -> None:
+        if self.open_source != event.call_index:
+            raise interrupted_error()  # the retry had more text before this call
+        self.add_delta(event.arguments)
 
-    def event(self, delta: Delta) -> str:
-        _, channel, text, reason = delta
-        begun = "" if self.sequence else self.alive()
-        hidden = channel == "reasoning_content" and not self.ask.summary
-        if (text or type(channel) is int) and not hidden:
-            self.add(channel, text)
-        if reason:
-            self.close("incomplete" if reason == "length" else "completed")
-        if reason == "content_filter":
-            self.failed = {"code": "invalid_prompt", "message": REFUSAL}
-        return begun + self.flush()
-
-    def alive(self) -> str:
-        if not self.sequence:
-            self.emit("response.created", response=self.completion())
-        self.emit("response.in_progress", response=self.completion())
-        return self.flush()
-
-    def add(self, channel: Any, text: str) -> None:
-        if channel != self.channel:
-            if type(channel) is int and text:  # closed: a restart had more before it
-                raise interrupted()
-            self.close("completed")
-            self.open(channel)
+    def add_delta(self, text: str) -> None:
         self.pieces.append(text)
-        kind = self.output[-1]["type"]
-        if text:
-            extra = {"logprobs": []} if kind == "message" else {}
-            self.emit_inside(TEXT_EVENTS[kind][0] + ".delta", delta=text, **extra)
-
-    def open(self, channel: Any) -> None:
-        """Begin an item."""
-        self.channel, self.pieces = channel, []
-        id = f"{self.id[len(self.prefix) :]}{len(self.output)}"
-        if channel == "content":
-            item = {"type": "message", "id": f"msg_{id}", "role": "assistant"}
-            item.update(status="in_progress", content=[])
-        elif channel == "reasoning_content":
-            item = {"type": "reasoning", "id": f"rs_{id}", "summary": []}
+        item_type = self.items[-1]["type"]
+        name = f"{ITEM_KINDS[item_type].text_event}.delta"
+        if item_type == "message":
+            self.add_item_event(name, delta=text, logprobs=[])
         else:
-            call_id, name = self.answers[0].calls[channel].values()
-            item = {"type": "function_call", "id": f"fc_{id}", "call_id": call_id}
-            item.update(self.ask.origins.get(name, {"name": name}))
-            item.update({TEXT_EVENTS[item["type"]][1]: "", "status": "in_progress"})
-        self.output.append(item)
-        self.emit_inside("output_item.added", item=item)
-        if item["type"] in PART_EVENTS:
-            _, event, _, part = PART_EVENTS[item["type"]]
-            self.emit_inside(event + ".added", part=part)
+            self.add_item_event(name, delta=text)
 
-    def close(self, status: str) -> None:
+    def item_id(self, prefix: str) -> str:
+        return f"{prefix}_{self.unique_id}{len(self.items)}"
+
+    def open_text_item(self, item_type: str) -> None:
+        self.open_source = item_type
+        self.pieces = []
+        if item_type == "message":
+            item = {
+                "type": "message",
+                "id": self.item_id("msg"),
+                "role": "assistant",
+                "status": "in_progress",
+                "content": [],
+            }
+        else:
+            item = {"type": "reasoning", "id": self.item_id("rs"), "summary": []}
+        self.items.append(item)
+        self.add_output_item_event("added")
+        part = ITEM_KINDS[item_type].part
+        if part is not None:
+            self.add_item_event(f"{part.event}.added", part=part.empty)
+
+    def open_call_item(self, event: ToolCallStarted) -> None:
+        self.open_source = event.call_index
+        self.pieces = []
+        item = {
+            "type": "function_call",
+            "id": self.item_id("fc"),
+            "call_id": event.call_id,
+        }
+        fields = self.request.output.call_fields.get(event.name)
+        if fields is None:
+            fields = {"name": event.name}
+        item.update(fields)
+        item[ITEM_KINDS[item["type"]].text_field] = ""
+        item["status"] = "in_progress"
+        self.items.append(item)
+        self.add_output_item_event("added")
+
+    def close_item(self, status: str) -> None:
         """End the open item, if any."""
-        if self.channel is None:
+        if self.open_source is None:
             return
-        item, text, self.channel = self.output[-1], "".join(self.pieces), None
-        event, field = TEXT_EVENTS[item["type"]]
-        name = {"name": item["name"]} if "name" in item else {}
-        self.emit_inside(event + ".done", **{field: text}, **name)
-        if item["type"] in PART_EVENTS:
-            parts, event, _, part = PART_EVENTS[item["type"]]
-            item[parts] = [{**part, "text": text}]
-            self.emit_inside(event + ".done", part=item[parts][0])
+        self.open_source = None
+        item = self.items[-1]
+        text = "".join(self.pieces)
+        kind = ITEM_KINDS[item["type"]]
+        done: Json = {kind.text_field: text}
+        if item["type"] == "message":
+            done["logprobs"] = []
+        if "name" in item:
+            done["name"] = item["name"]
+        self.add_item_event(f"{kind.text_event}.done", **done)
+        if kind.part is None:
+            item[kind.text_field] = text
         else:
-            item[field] = text
-        item.update({"status": status} if "status" in item else {})
-        self.texts.update({item["id"]: text} if item["type"] == "message" else {})
-        self.emit_inside("output_item.done", item=item)
-
-    def end(self) -> str:
-        if self.failed:
-            return self.fail(APIError(400, REFUSAL, "invalid_prompt"))
-        response = self.completion()
-        self.emit(f"response.{response['status']}", response=response)
-        return self.flush()
-
-    def fail(self, error: APIError) -> str:
-        code = "invalid_prompt" if error.status == 400 else "server_error"
-        code = error.error["code"] or code
-        self.failed = {"code": code, "message": error.error["message"]}
-        self.emit("error", error=error.error)
-        self.emit("response.failed", response=self.completion())
-        return self.flush()
-
-    def add_to(self, script: Transcript) -> None:
-        for item in self.output:
-            add_item(script, Field(item), {})
-
-    def completion(self) -> Json:
-        """The response as it is now."""
-        reason = self.answers[0].finish_reason
-        cut = {"reason": "max_output_tokens"} if reason == "length" else None
-        ended = "incomplete" if cut else "completed" if reason else "in_progress"
-        status = "failed" if self.failed else ended
-        response = {"id": self.id, "object": "response", "created_at": self.created}
-        response.update(status=status, model=self.model, error=self.failed)
-        response.update(incomplete_details=cut, output=self.output)
-        response.update(usage=self.usage("input", "output") if reason else None)
-        return {**response, **self.ask.echo, "store": False}
+            part = {**kind.part.empty, "text": text}
+            item[kind.part.list_field] = [part]
+            self.add_item_event(f"{kind.part.event}.done", part=part)
+        if "status" in item:
+            item["status"] = status
+        self.add_output_item_event("done")
 
 
-# ── One answer ─────────────────────────────────────────────────────────────────────
-# From an Ask to deltas: a place in the queue, a process for each answer, and what is
-# learnt from the response.
+Writer = Union[ChatWriter, ResponseWriter]
 
 
-class Gate:
-    """At most `width` CLI processes at once; requests wait for a place in order.
+# ── Installation ─────────────────────────────────────────────────────────────────
+# Which CLI there is, and whether and how it is logged in.
 
-    `changed` guards `active` and `queue`. No other lock is taken under it, so it can't
-    deadlock.
+# Where the installers of the CLI put it. The PATH of launchd and systemd is short.
+CLI_INSTALL_DIRECTORIES = [
+    "~/.local/bin",
+    "~/.claude/local",
+    "~/.claude/bin",
+    "/opt/homebrew/bin",
+    "/usr/local/bin",
+    "/usr/bin",
+    "/home/linuxbrew/.linuxbrew/bin",
+    "~/.npm-global/bin",
+    "~/.npm/bin",
+    "~/.bun/bin",
+    "~/.volta/bin",
+    "~/.local/share/pnpm",
+    "~/Library/pnpm",
+    "~/.yarn/bin",
+    "~/n/bin",
+    "~/.asdf/shims",
+    "~/.local/share/mise/shims",
+    "~/.nix-profile/bin",
+    "~/.nvm/versions/node/*/bin",
+    "~/.fnm/node-versions/*/installation/bin",
+    "~/.local/share/fnm/node-versions/*/installation/bin",
+]
+NO_CLI_MESSAGE = (
+    "Claude Code was not found. Install it "
+    "(`npm install -g @anthropic-ai/claude-code`), or give its path with --claude."
+)
+BILLED_LOGIN_METHODS = ("api_key", "third_party")
+BILLED_LOGIN_MESSAGE = (
+    "Claude Code is logged in with an API key or a cloud account, so every token is "
+    "billed. To use your subscription, run `claude auth logout`, then "
+    "`claude auth login`, and choose it."
+)
+
+
+class CliBinary(NamedTuple):
+    """The CLI as installed. `signature` changes when the file is replaced."""
+
+    path: str
+    version: Version
+    signature: tuple[int, ...]
+
+
+class Login(NamedTuple):
+    """What `claude auth status` tells. `method` is claude.ai, oauth_token, api_key,
+    third_party or none; `plan` and `tier` are such as "max" and "max_20x". What an old
+    CLI does not tell is None."""
+
+    is_logged_in: bool
+    method: str | None = None
+    plan: str | None = None
+    tier: str | None = None
+
+    def problem(self) -> str:
+        """What is wrong with it, and how to mend it; empty if nothing is."""
+        if not self.is_logged_in:
+            return LOGIN_REMEDY
+        if self.method in BILLED_LOGIN_METHODS:
+            return BILLED_LOGIN_MESSAGE
+        return ""
+
+
+def version_text(version: Version) -> str:
+    return ".".join(str(number) for number in version)
+
+
+def find_cli(chosen_path: str) -> str:
+    """The CLI's absolute path. Raises APIError 503 that says what to do."""
+    if chosen_path:
+        path = os.path.expanduser(chosen_path)
+        program = shutil.which(path)
+        if program is not None:
+            return os.path.abspath(program)
+        message = "--claude: there is no such file."
+        if os.path.isfile(path):
+            message = "--claude: the file is not executable; run `chmod +x` on it."
+        raise APIError(503, message, "no_cli")
+    candidates = []
+    on_path = shutil.which("claude")
+    if on_path is not None:
+        candidates.append(on_path)
+    for directory in CLI_INSTALL_DIRECTORIES:
+        pattern = os.path.join(os.path.expanduser(directory), "claude")
+        candidates += sorted(glob.glob(pattern), key=numbers_in, reverse=True)
+    for path in candidates:
+        if os.access(path, os.X_OK):
+            return os.path.abspath(path)  # the CLI runs in another directory
+    raise APIError(503, NO_CLI_MESSAGE, "no_cli")
+
+
+def numbers_in(path: str) -> list[int]:
+    """A sort key: the versions of node in a path."""
+    return [int(digits) for digits in re.findall(r"\d+", path)]
+
+
+def file_signature(path: str) -> tuple[int, ...]:
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return ()
+    return (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+
+
+class Installation:
+    """The CLI that is installed, and its login.
+
+    `asking` is held while the CLI is asked, which may take seconds, so that one thread
+    asks for all. `lock` guards the fields, and is never held while anything is waited
+    for. `lock` may be taken under `asking`, never the other way round.
     """
 
-    def __init__(self, width: int):
-        self.width = width
-        self.active = 0
-        self.queue: collections.deque = collections.deque()
+    def __init__(self, chosen_path: str = "") -> None:
+        self.chosen_path = chosen_path
+        self.asking = threading.Lock()
+        self.lock = threading.Lock()
+        self.binary: CliBinary | None = None
+        self.login: Login | None = None  # None: not known
+        self.next_login_check = 0.0
+        self.refusals = 0  # of the login, by the API
+        self.running_command: subprocess.Popen[str] | None = None
+        self.is_closed = False
+
+    def known_binary(self) -> CliBinary | None:
+        """The CLI, if its version is known and it has not been replaced since."""
+        with self.lock:
+            binary = self.binary
+        if binary is None or binary.signature != file_signature(binary.path):
+            return None
+        return binary
+
+    def find_binary(self) -> CliBinary:
+        """The CLI; it is asked for its version if it is new. Raises APIError 503."""
+        binary = self.known_binary()
+        if binary is not None:
+            return binary
+        with self.asking:
+            binary = self.known_binary()
+            if binary is None:
+                binary = self.read_version(find_cli(self.chosen_path))
+                with self.lock:
+                    self.binary = binary
+        return binary
+
+    def read_version(self, path: str) -> CliBinary:
+        """Run `claude --version`. Raises APIError 503 if the CLI can't be used."""
+        signature = file_signature(path)
+        output, _ = self.run_command(path, "--version")
+        match = re.search(r"(\d+)\.(\d+)\.(\d+)", output)
+        if match is None:
+            message = "`claude --version` printed no version; is this Claude Code?"
+            raise APIError(503, message, "no_cli")
+        version = tuple(int(number) for number in match.groups())
+        if version < OLDEST_CLI:
+            message = (
+                f"Claude Code {version_text(version)} is too old; "
+                f"{version_text(OLDEST_CLI)} or newer is required. Run `claude update`."
+            )
+            raise APIError(503, message, "cli_too_old")
+        return CliBinary(path, version, signature)
+
+    def check(self) -> tuple[CliBinary | None, str]:
+        """Returns the CLI, if it can be used, and what is wrong with it or its login.
+
+        A login, once seen, is trusted; a missing one is checked for again.
+        """
+        try:
+            binary = self.find_binary()
+        except APIError as error:
+            return None, error.message
+        with self.asking:
+            if self.needs_login_check():
+                login = self.read_login(binary.path)
+                with self.lock:
+                    self.login = login
+                    self.next_login_check = time.monotonic() + LOGIN_CHECK_SECONDS
+        login = self.known_login()
+        return binary, login.problem()
+
+    def needs_login_check(self) -> bool:
+        with self.lock:
+            if self.login is not None and not self.login.problem():
+                return False
+            return time.monotonic() > self.next_login_check
+
+    def known_login(self) -> Login:
+        with self.lock:
+            if self.login is None:
+                return Login(is_logged_in=False)
+            return self.login
+
+    def login_key(self) -> tuple[Login, int] | None:
+        """Changes with the login; None while there is none."""
+        with self.lock:
+            if self.login is None or not self.login.is_logged_in:
+                return None
+            return (self.login, self.refusals)
+
+    def read_login(self, path: str) -> Login:
+        """Run `claude auth status`."""
+        output, exit_code = self.run_command(path, "auth", "status")
+        status: Json = {}
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(output)
+            if type(value) is dict:
+                status = value
+        return Login(
+            is_logged_in=exit_code == 0,
+            method=optional_str(status.get("authMethod")),
+            plan=optional_str(status.get("subscriptionType")),
+            tier=optional_str(status.get("planTier")),
+        )
+
+    def record_accepted_login(self) -> None:
+        """The API accepted the login. (`claude auth status` only knows that there is
+        one.) What else is known of it stays."""
+        with self.lock:
+            if self.login is None or not self.login.is_logged_in:
+                self.login = Login(is_logged_in=True)
+
+    def record_refused_login(self) -> None:
+        """The API refused the login. It is reported for a while without asking the CLI,
+        which still knows of one."""
+        with self.lock:
+            self.login = Login(is_logged_in=False)
+            self.refusals += 1
+            self.next_login_check = time.monotonic() + LOGIN_TRUST_SECONDS
+
+    def run_command(self, path: str, *arguments: str) -> tuple[str, int]:
+        """Run a short command of the CLI -> (its output, its exit code). One that can't
+        run, or hangs, has the exit code 1 and no output."""
+        try:
+            process = subprocess.Popen(
+                [path, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                errors="replace",
+                env=cli_environment(path),
+                start_new_session=True,
+            )
+        except OSError:
+            return "", 1
+        with process:
+            with self.lock:
+                self.running_command = process
+                if self.is_closed:
+                    kill_group(process)
+            try:
+                output, _ = process.communicate(timeout=CLI_COMMAND_SECONDS)
+            except subprocess.TimeoutExpired:
+                kill_group(process)
+                return "", 1
+            finally:
+                with self.lock:
+                    self.running_command = None
+        return output, process.returncode
+
+    def close(self) -> None:
+        """End a command that is running: the server stops."""
+        with self.lock:
+            self.is_closed = True
+            if self.running_command is not None:
+                kill_group(self.running_command)
+
+
+def kill_group(process: subprocess.Popen[Any]) -> None:
+    """Kill a process that leads a group of its own, with all of the group."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def optional_str(value: Any) -> str | None:
+    return value if type(value) is str else None
+
+
+# ── CLI process ──────────────────────────────────────────────────────────────────
+# One running CLI.
+
+
+class CliProcess:
+    """One CLI process, in a process group of its own.
+
+    Reading and writing never block: the owner does either when the pipe is ready. The
+    owner is the pool, then the thread of a request, then the pool again, which reaps
+    the process.
+
+    `sent` is what it has been sent, counting `unsent`, the lines that are still to be
+    sent. `awaits_result` is set while the CLI works on an earlier turn. `has_printed`
+    tells whether a line has come since the last send(). The process gets a directory
+    for its temporary files below `server_directory`, which is removed with it.
+    """
+
+    def __init__(self, binary: CliBinary, model: str, server_directory: str) -> None:
+        """Start the process. Raises OSError."""
+        self.binary = binary
+        self.sent = SentState(model)
+        self.unsent: collections.deque[CliLine] = collections.deque()
+        self.write_buffer = bytearray()
+        self.read_buffer = bytearray()  # a line without its end
+        self.awaits_result = False
+        self.has_printed = False
+        self.has_ended = False  # its output
+        self.was_spare = False
+        self.born = time.monotonic()
+        self.last_activity = self.born
+        self.stopped_at: float | None = None  # when it was first sent a signal
+        self.initialize_answer: Json | None = None
+        self.directory = tempfile.mkdtemp(dir=server_directory)
+        environment = cli_environment(binary.path)
+        environment["CLAUDE_CODE_TMPDIR"] = self.directory
+        # A file, because the CLI blocks on a pipe that nobody reads.
+        with open(os.path.join(self.directory, "stderr"), "wb") as stderr:
+            self.process = subprocess.Popen(
+                [binary.path, *CLI_ARGUMENTS, "--model", model],
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                cwd=os.path.join(server_directory, CLI_WORKDIR),
+                env=environment,
+                start_new_session=True,  # so that its children can be ended with it
+            )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.stdin = self.process.stdin
+        self.stdout = self.process.stdout
+        os.set_blocking(self.stdin.fileno(), False)
+        os.set_blocking(self.stdout.fileno(), False)
+
+    def fits(self, wanted: SentState) -> bool:
+        """Whether all that it has been sent is the beginning of `wanted`. The model may
+        differ up to the first turn: later, the change would show in the
+        conversation."""
+        if self.sent.model != wanted.model:
+            takes_late_model = self.binary.version >= CLI_WITH_LATE_MODEL
+            if self.sent.turns or not takes_late_model:
+                return False
+        if self.sent.initialize is not None:
+            if self.sent.initialize != wanted.initialize:
+                return False
+        return wanted.turns[: len(self.sent.turns)] == self.sent.turns
+
+    def send(self, wanted: SentState, query: Iterable[CliLine] = ()) -> None:
+        """Send the rest of `wanted`, which it must fit, then `query`."""
+        if self.sent.model != wanted.model:
+            self.unsent.append(settings_line(model=wanted.model))
+        if self.sent.initialize is None and wanted.initialize is not None:
+            self.unsent.append(wanted.initialize.line())
+        self.unsent.extend(wanted.turns[len(self.sent.turns) :])
+        self.unsent.extend(query)
+        self.sent = wanted
+        self.has_printed = False
+        self.last_activity = time.monotonic()
+        self.send_next()
+
+    def send_next(self) -> None:
+        """Send lines up to one whose result must be awaited."""
+        while self.unsent and not self.awaits_result:
+            line = self.unsent.popleft()
+            self.write_buffer += line.text.encode() + b"\n"
+            self.awaits_result = line.needs_result
+        self.write()
+
+    def write(self) -> None:
+        """Write what the pipe takes. If the CLI is gone, the end of its stdout
+        tells."""
+        try:
+            while self.write_buffer:
+                count = self.stdin.write(self.write_buffer)
+                if count is None:  # the pipe is full
+                    return
+                del self.write_buffer[:count]
+        except BrokenPipeError:
+            self.write_buffer.clear()
+
+    def read(self) -> list[Json]:
+        """The lines that have come and belong to an answer. Raises APIError 502."""
+        data = self.stdout.read(1 << 16)
+        if data is None:  # nothing has come
+            return []
+        if data == b"":
+            self.has_ended = True
+            return []
+        self.has_printed = True
+        self.read_buffer += data
+        if b"\n" not in data:
+            if len(self.read_buffer) > MAX_CLI_LINE_BYTES:
+                raise APIError(502, "The Claude CLI printed a line without an end.")
+            return []
+        *texts, self.read_buffer = self.read_buffer.split(b"\n")
+        lines = []
+        for text in texts:
+            line = parse_cli_line(bytes(text))
+            if line is not None and not self.handle_control_line(line):
+                lines.append(line)
+        return lines
+
+    def handle_control_line(self, line: Json) -> bool:
+        """Do what a line asks of us. Returns False if it belongs to the answer."""
+        kind = line.get("type")
+        if kind == "stream_event":
+            self.last_activity = time.monotonic()
+            return False
+        if kind == "control_request":
+            self.answer_control_request(line)
+            return True
+        if kind == "control_response":
+            self.keep_initialize_answer(line)
+            return True
+        if kind == "result" and self.awaits_result and not line.get("is_error"):
+            self.last_activity = time.monotonic()
+            self.awaits_result = False
+            self.send_next()
+            return True
+        return False
+
+    def answer_control_request(self, line: Json) -> None:
+        tools: list[Json] = []
+        if self.sent.initialize is not None:
+            tools = self.sent.initialize.tools
+        try:
+            reply = mcp_reply(line, tools)
+        except MALFORMED_LINE_ERRORS:
+            raise unexpected_line_error() from None
+        if reply is not None:
+            self.write_buffer += reply.text.encode() + b"\n"
+            self.write()
+
+    def keep_initialize_answer(self, line: Json) -> None:
+        """The answer to `initialize` lists the models; those to settings are empty."""
+        with contextlib.suppress(*MALFORMED_LINE_ERRORS):
+            answer = line["response"]["response"]
+            if "models" in answer:
+                self.initialize_answer = answer
+
+    def stop(self, signal_number: int) -> None:
+        """Signal the whole group. After SIGTERM the CLI removes its session file; but
+        one that might still send a request to the API needs SIGKILL."""
+        if self.stopped_at is None:
+            self.stopped_at = time.monotonic()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal_number)
+
+    def reap(self) -> bool:
+        """Clean up if it has ended -> whether it has. Kill it if it takes too long."""
+        if self.process.poll() is None:
+            if self.stopped_at is None:
+                self.stop(signal.SIGTERM)
+            elif time.monotonic() - self.stopped_at > TERMINATE_SECONDS:
+                self.stop(signal.SIGKILL)
+            return False
+        self.stop(signal.SIGKILL)  # children that outlived it
+        self.stdin.close()
+        self.stdout.close()
+        self.remove_session_files()
+        shutil.rmtree(self.directory, ignore_errors=True)
+        return True
+
+    def remove_session_files(self) -> None:
+        """The CLI leaves them behind if it was killed, or had not started yet
+        (2.1.330)."""
+        home = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
+        sessions = os.path.join(home, "sessions")
+        with contextlib.suppress(OSError):
+            # Not glob(): that would keep a compiled pattern for each process id.
+            for name in os.listdir(sessions):
+                if name.startswith(f"{self.process.pid}."):
+                    os.unlink(os.path.join(sessions, name))
+
+    def stderr_size(self) -> int:
+        """The number of bytes that it has written to stderr."""
+        try:
+            return os.path.getsize(os.path.join(self.directory, "stderr"))
+        except OSError:
+            return 0
+
+
+def update_write_interest(
+    selector: selectors.BaseSelector, process: CliProcess
+) -> None:
+    """Wait for room in its stdin while there is something to write, and only then."""
+    is_registered = process.stdin in selector.get_map()
+    if process.write_buffer and not is_registered:
+        selector.register(process.stdin, selectors.EVENT_WRITE, process)
+    elif is_registered and not process.write_buffer:
+        selector.unregister(process.stdin)
+
+
+def unregister(selector: selectors.BaseSelector, process: CliProcess) -> None:
+    for pipe in (process.stdin, process.stdout):
+        with contextlib.suppress(KeyError):
+            selector.unregister(pipe)
+
+
+# ── Process pool ─────────────────────────────────────────────────────────────────
+# Processes that are started before they are needed, and the end of every process.
+# SparePool holds the rules and does nothing; ProcessPool starts, feeds and reaps.
+
+# What a process costs until it can take a query, measured on two cores; only their
+# relation counts.
+START_COST = 0.6  # seconds until a new process reads its first line
+INITIALIZE_COST = 0.02  # seconds for `initialize`, with the tools
+TURN_COST = 0.01  # seconds for an earlier turn of the conversation
+
+
+class SparePool:
+    """The idle processes, and the rules by which they are kept and chosen.
+
+    A spare fits a request if all that it has been sent is the beginning of what the
+    request needs; the one that will be ready first is taken, and is sent the rest. At
+    least one spare holds no conversation, so that a request that is unlike the last
+    ones finds a process, too; the others may hold one conversation each. A process that
+    has answered is never used again.
+
+    Pure: `processes` may be any objects with the attributes of CliProcess. The one that
+    was used least recently comes first.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.processes: list[CliProcess] = []
+
+    def choose(
+        self, binary: CliBinary, wanted: SentState, now: float
+    ) -> CliProcess | None:
+        """The spare for a request, if any fits."""
+        best = None
+        best_cost = math.inf
+        for process in self.processes:
+            if process.binary == binary and process.fits(wanted):
+                cost = self.seconds_until_ready(process, wanted, now)
+                if cost < best_cost:
+                    best = process
+                    best_cost = cost
+        return best
+
+    def seconds_until_ready(
+        self, process: CliProcess, wanted: SentState, now: float
+    ) -> float:
+        """An estimate of when the process could take the query."""
+        start = max(0.0, process.born + START_COST - now)
+        turns = len(wanted.turns) - len(process.sent.turns) + len(process.unsent)
+        cost = start + turns * TURN_COST
+        if process.sent.initialize is None:
+            cost += INITIALIZE_COST
+        return cost
+
+    def choose_for_conversation(
+        self, binary: CliBinary, wanted: SentState, now: float
+    ) -> CliProcess | None:
+        """The spare that may be sent this conversation ahead, if any: one that has been
+        sent a part of it, or one of several without a conversation."""
+        process = self.choose_to_extend(binary, wanted)
+        if process is None and self.count_without_conversation() > 1:
+            process = self.choose(binary, wanted, now)
+        return process
+
+    def choose_to_extend(
+        self, binary: CliBinary, wanted: SentState
+    ) -> CliProcess | None:
+        """The spare that has been sent the longest part of this conversation, if
+        any."""
+        best = None
+        best_length = 0
+        for process in self.processes:
+            length = len(process.sent.turns)
+            is_longer = length > best_length
+            if is_longer and process.binary == binary and process.fits(wanted):
+                best = process
+                best_length = length
+        return best
+
+    def count_without_conversation(self) -> int:
+        return sum(1 for process in self.processes if not process.sent.turns)
+
+    def choose_to_give_up(self) -> CliProcess | None:
+        """The spare that makes room for another conversation: the one with a
+        conversation that was used least recently. None if no room is needed."""
+        with_conversation = [spare for spare in self.processes if spare.sent.turns]
+        if len(with_conversation) < max(1, self.capacity - 1):
+            return None
+        return with_conversation[0]
+
+    def may_hold_conversations(self) -> bool:
+        return self.capacity > 1
+
+    def count_missing(self) -> int:
+        return max(0, self.capacity - len(self.processes))
+
+    def choose_expired(self, now: float) -> CliProcess | None:
+        """A spare that is to be replaced: one that is too old, or whose conversation
+        pauses. One at a time, and not before the newest one has started."""
+        newest = max((spare.born for spare in self.processes), default=now)
+        if newest > now - STARTUP_SECONDS:
+            return None
+        for spare in sorted(self.processes, key=lambda spare: spare.born):
+            if spare.born < now - SPARE_SECONDS:
+                return spare
+        for spare in self.processes:
+            is_idle = spare.last_activity < now - IDLE_CONVERSATION_SECONDS
+            if spare.sent.turns and is_idle:
+                return spare
+        return None
+
+
+class SpareRequest(NamedTuple):
+    """A conversation to be sent to a spare. `only_extend`: only to one that has been
+    sent the beginning of it."""
+
+    wanted: SentState
+    only_extend: bool
+
+
+class Watch(NamedTuple):
+    """What a process without a request is still read for: `is_done` gets the lines that
+    have come, until it returns True, or until `deadline`. Then the process is sent
+    `signal_number`."""
+
+    is_done: Callable[[CliProcess, list[Json]], bool]
+    deadline: float
+    signal_number: int
+
+
+class ProcessPool:
+    """Starts the CLI's processes, keeps spare ones ready, and ends each one.
+
+    The main thread calls tick() and on_ready(), request threads call start(), retire()
+    and request_spare(). `lock` guards all fields. Nothing is waited for under it, so it
+    can't deadlock, and a signal handler may take it again. The main thread waits on
+    `selector`, where the pipes of the spares and of the watched processes are; epoll
+    and kqueue allow other threads to change it during a wait.
+
+    A process is in one of four places: `live` (it is answering), `spares`, `watched`
+    (see Watch), or `dying` (sent a signal, not reaped yet).
+    """
+
+    def __init__(self, installation: Installation, capacity: int = 0) -> None:
+        self.installation = installation
+        self.lock = threading.RLock()
+        self.spares = SparePool(capacity)
+        self.live: set[CliProcess] = set()
+        self.watched: dict[CliProcess, Watch] = {}
+        self.dying: list[CliProcess] = []
+        self.requested: collections.deque[SpareRequest] = collections.deque(maxlen=8)
+        self.refill_is_due = False
+        self.model = "sonnet"  # of the last request; a new spare is started with it
+        self.last_request_at = time.monotonic()
+        self.early_deaths = 0  # of spares, since the last answer
+        self.next_start_at = 0.0
+        self.directory = ""
+        self.directory_lock = -1  # the descriptor of its locked file
+        self.selector = selectors.DefaultSelector()
+        self.wake_receiver, self.wake_sender = socket.socketpair()
+        self.wake_receiver.setblocking(False)
+        self.wake_sender.setblocking(False)
+        self.selector.register(self.wake_receiver, selectors.EVENT_READ)
+
+    # Called by request threads.
+
+    def start(
+        self,
+        binary: CliBinary,
+        wanted: SentState,
+        query: list[CliLine],
+        may_be_spare: bool = True,
+    ) -> CliProcess:
+        """A process that has been sent `wanted` and `query`. Raises APIError 503."""
+        process = None
+        if may_be_spare:
+            process = self.take(binary, wanted)
+        if process is None:
+            process = self.spawn(binary, wanted.model)
+        with self.lock:
+            self.live.add(process)
+            self.last_request_at = time.monotonic()
+            self.model = wanted.model
+        process.send(wanted, query)
+        return process
+
+    def take(self, binary: CliBinary, wanted: SentState) -> CliProcess | None:
+        """Take the best spare out of the pool, if any fits."""
+        with self.lock:
+            process = self.spares.choose(binary, wanted, time.monotonic())
+            if process is not None:
+                self.remove_spare(process)
+            return process
+
+    def spawn(self, binary: CliBinary, model: str) -> CliProcess:
+        """Start a process. Raises APIError 503."""
+        try:
+            return CliProcess(binary, model, self.ensure_directory())
+        except OSError as error:
+            message = f"Claude Code can't be started: {error.strerror}."
+            raise APIError(503, message, "no_cli") from None
+
+    def request_spare(self, wanted: SentState, only_extend: bool) -> None:
+        """Have the main thread send this conversation to a spare."""
+        with self.lock:
+            if self.spares.may_hold_conversations():
+                self.requested.append(SpareRequest(wanted, only_extend))
+        self.request_refill()
+
+    def request_refill(self) -> None:
+        """Have the main thread start the spares that are missing."""
+        with self.lock:
+            if self.spares.capacity:
+                self.refill_is_due = True
+        self.wake()
+
+    def retire(self, process: CliProcess, signal_number: int) -> None:
+        """End a process. The main thread closes its pipes when it has ended: if they
+        were closed earlier, the CLI would tell the model that its tools are gone, in
+        another request to the API."""
+        if process.stopped_at is None:
+            process.stop(signal_number)
+        with self.lock:
+            self.live.discard(process)
+            self.dying.append(process)
+
+    def watch(self, process: CliProcess, watch: Watch) -> None:
+        """Read on in the main thread, then end the process."""
+        with self.lock:
+            self.live.discard(process)
+            self.watched[process] = watch
+            self.selector.register(process.stdout, selectors.EVENT_READ, process)
+        self.wake()
+
+    def record_answer(self) -> None:
+        """A process has answered: the CLI works."""
+        with self.lock:
+            self.early_deaths = 0
+            self.next_start_at = 0.0
+
+    def retire_spares(self) -> None:
+        """End all spares, for example because they use an old login."""
+        with self.lock:
+            for process in list(self.spares.processes):
+                self.remove_spare(process)
+                self.retire(process, signal.SIGTERM)
+
+    def wake(self) -> None:
+        """Have the main thread call tick() now."""
+        with contextlib.suppress(OSError):
+            self.wake_sender.send(b"\0")
+
+    def is_starting(self, now: float) -> bool:
+        """Whether a spare is probably still starting, which takes a whole core."""
+        with self.lock:
+            return any(spare.born > now - 1 for spare in self.spares.processes)
+
+    def counts(self) -> tuple[int, int]:
+        """The numbers of spares, and of processes that have not been reaped yet."""
+        with self.lock:
+            unreaped = len(self.live) + len(self.watched) + len(self.dying)
+            return len(self.spares.processes), unreaped
+
+    # Called by the main thread.
+
+    def tick(self) -> None:
+        """Reap processes that have ended; prepare and replace spares."""
+        self.reap()
+        self.end_expired_watches()
+        binary = self.installation.known_binary()
+        self.retire_other_binaries(binary)
+        if binary is not None:
+            self.prepare_requested(binary)
+            self.replace_expired()
+            self.refill(binary)
+
+    def seconds_to_next_tick(self) -> float:
+        """How long the main thread may wait for its selector."""
+        now = time.monotonic()
+        with self.lock:
+            deadlines = [watch.deadline for watch in self.watched.values()]
+        nearest = min(deadlines, default=now + POLL_SECONDS)
+        return max(0.0, min(POLL_SECONDS, nearest - now))
+
+    def reap(self) -> None:
+        with self.lock:
+            dying = list(self.dying)
+        for process in dying:
+            if process.reap():
+                with self.lock:
+                    self.dying.remove(process)
+
+    def end_expired_watches(self) -> None:
+        now = time.monotonic()
+        with self.lock:
+            for process, watch in list(self.watched.items()):
+                if watch.deadline <= now:
+                    self.end_watch(process)
+
+    def end_watch(self, process: CliProcess) -> None:
+        """The caller holds the lock."""
+        watch = self.watched.pop(process)
+        unregister(self.selector, process)
+        self.retire(process, watch.signal_number)
+
+    def retire_other_binaries(self, binary: CliBinary | None) -> None:
+        """The spares of a CLI that was replaced are of no use."""
+        with self.lock:
+            for process in list(self.spares.processes):
+                if process.binary != binary:
+                    self.remove_spare(process)
+                    self.retire(process, signal.SIGTERM)
+                    self.refill_is_due = True
+
+    def prepare_requested(self, binary: CliBinary) -> None:
+        """Send the requested conversations to spares."""
+        while True:
+            with self.lock:
+                if not self.requested:
+                    return
+                request = self.requested.popleft()
+            if request.only_extend:
+                self.extend_spare(binary, request.wanted)
+            elif not self.prepare_spare(binary, request.wanted):
+                with contextlib.suppress(APIError):  # the next request reports it
+                    self.start_prepared(binary, request.wanted)
+
+    def extend_spare(self, binary: CliBinary, wanted: SentState) -> None:
+        """Send the rest of `wanted` to the spare that has the beginning, if any."""
+        with self.lock:
+            process = self.spares.choose_to_extend(binary, wanted)
+            if process is not None:
+                self.remove_spare(process)
+                self.add_spare(process, wanted)
+
+    def prepare_spare(self, binary: CliBinary, wanted: SentState) -> bool:
+        """Send `wanted` to a spare -> whether there is one that may have it."""
+        with self.lock:
+            now = time.monotonic()
+            process = self.spares.choose_for_conversation(binary, wanted, now)
+            if process is None:
+                return False
+            self.remove_spare(process)
+            self.add_spare(process, wanted)
+            return True
+
+    def start_prepared(self, binary: CliBinary, wanted: SentState) -> None:
+        """Send `wanted` to a new process, unless the only start that a request may
+        cause is needed for a spare without a conversation. Raises APIError 503."""
+        with self.lock:
+            if not self.spares.count_without_conversation():
+                return
+            given_up = self.spares.choose_to_give_up()
+            if given_up is not None:
+                self.remove_spare(given_up)
+                self.retire(given_up, signal.SIGTERM)
+            if not self.spares.count_missing():
+                return
+        self.add_spare(self.spawn(binary, wanted.model), wanted)
+
+    def add_spare(self, process: CliProcess, wanted: SentState) -> None:
+        """Make the process a spare that has been sent `wanted`."""
+        with self.lock:
+            process.was_spare = True
+            self.spares.processes.append(process)
+            self.selector.register(process.stdout, selectors.EVENT_READ, process)
+            process.send(wanted)
+            update_write_interest(self.selector, process)
+
+    def remove_spare(self, process: CliProcess) -> None:
+        """Take a spare away from the main thread. The caller holds the lock."""
+        self.spares.processes.remove(process)
+        unregister(self.selector, process)
+
+    def replace_expired(self) -> None:
+        now = time.monotonic()
+        with self.lock:
+            process = self.spares.choose_expired(now)
+            if process is None:
+                return
+            self.remove_spare(process)
+            self.retire(process, signal.SIGTERM)
+            if now < self.last_request_at + NO_REQUEST_SECONDS:
+                self.refill_is_due = True
+
+    def refill(self, binary: CliBinary) -> None:
+        """Start the spares that are missing."""
+        now = time.monotonic()
+        with self.lock:
+            if not self.refill_is_due or now < self.next_start_at:
+                return
+            self.refill_is_due = False
+            missing = self.spares.count_missing()
+            model = self.model
+        for _ in range(missing):
+            try:
+                process = self.spawn(binary, model)
+            except APIError:  # the next request reports it
+                return
+            self.add_spare(process, SentState(model))
+
+    def on_ready(self, key: selectors.SelectorKey) -> None:
+        """Something is ready: wake() was called, or a pipe of a process."""
+        with self.lock:
+            if key.fileobj is self.wake_receiver:
+                with contextlib.suppress(BlockingIOError):
+                    self.wake_receiver.recv(4096)
+            elif key.data in self.watched:
+                self.read_watched(key.data)
+            elif key.data in self.spares.processes:
+                self.serve_spare(key)
+            # Otherwise a request has taken the process meanwhile.
+
+    def read_watched(self, process: CliProcess) -> None:
+        watch = self.watched[process]
+        try:
+            lines = process.read()
+        except APIError:
+            lines = []
+            process.has_ended = True
+        if watch.is_done(process, lines) or process.has_ended:
+            self.end_watch(process)
+
+    def serve_spare(self, key: selectors.SelectorKey) -> None:
+        """Read or write what is ready. A spare that fails or ends is replaced."""
+        process: CliProcess = key.data
+        failed = False
+        if key.fileobj is process.stdout:
+            try:
+                lines = process.read()
+            except APIError:
+                failed = True
+            else:
+                failed = any(line.get("is_error") for line in lines)
+        else:
+            process.write()
+        update_write_interest(self.selector, process)
+        if failed or process.has_ended:
+            self.remove_spare(process)
+            self.retire(process, signal.SIGTERM)
+            self.record_death(process)
+
+    def record_death(self, process: CliProcess) -> None:
+        """A spare has ended by itself. If it was young, the CLI may be unable to start:
+        then the next ones are started after pauses that double."""
+        now = time.monotonic()
+        self.refill_is_due = True
+        if now - process.born < STARTUP_SECONDS:
+            self.early_deaths += 1
+            pause = min(RESTART_SECONDS, 2.0**self.early_deaths)
+            self.next_start_at = now + pause
+
+    def stop_all(self, signal_number: int) -> None:
+        """Signal every process that is left."""
+        with self.lock:
+            processes = [*self.live, *self.dying, *self.watched]
+            for process in processes + self.spares.processes:
+                process.stop(signal_number)
+
+    def close_spares(self) -> None:
+        """The server stops: end the spares, and start no others."""
+        with self.lock:
+            self.spares.capacity = 0
+            self.requested.clear()
+            self.refill_is_due = False
+            for process in list(self.watched):
+                self.end_watch(process)
+        self.retire_spares()
+
+    def close(self) -> None:
+        self.selector.close()
+        self.wake_receiver.close()
+        self.wake_sender.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
+        if self.directory_lock >= 0:
+            os.close(self.directory_lock)
+            self.directory_lock = -1
+
+    # The server's directory for temporary files.
+
+    def ensure_directory(self) -> str:
+        """The directory of the CLIs (mode 0700), made again if something removed it.
+        Raises APIError 503 if there is no place for it."""
+        with self.lock:
+            workdir = os.path.join(self.directory, CLI_WORKDIR)
+            if self.directory and os.path.isdir(self.directory):
+                os.makedirs(workdir, 0o700, exist_ok=True)
+                return self.directory
+            try:
+                self.directory = make_server_directory()
+                workdir = os.path.join(self.directory, CLI_WORKDIR)
+                os.makedirs(workdir, 0o700)
+                if self.directory_lock >= 0:
+                    os.close(self.directory_lock)
+                self.directory_lock = lock_directory(self.directory)
+            except OSError:
+                self.directory = ""
+                raise APIError(503, NO_TEMP_MESSAGE, "no_temporary_directory") from None
+            return self.directory
+
+
+DIRECTORY_PREFIX = "claude-max-"
+LOCK_FILE = "server.lock"  # locked while the server runs; the system unlocks it
+NO_TEMP_MESSAGE = "There is no usable directory for temporary files: set TMPDIR."
+
+
+def make_server_directory() -> str:
+    """Make a private directory -> its path. Raises OSError. If the directory for
+    temporary files is gone, another one is looked for."""
+    try:
+        return tempfile.mkdtemp(prefix=DIRECTORY_PREFIX)
+    except FileNotFoundError:
+        tempfile.tempdir = None  # forget the one that tempfile has chosen before
+        return tempfile.mkdtemp(prefix=DIRECTORY_PREFIX)
+
+
+def lock_directory(directory: str) -> int:
+    """Lock the directory's file until this process ends -> the file's descriptor.
+    Raises OSError (BlockingIOError if another process has locked it)."""
+    path = os.path.join(directory, LOCK_FILE)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def remove_stale_directories() -> None:
+    """Remove the directories of servers that were killed: those of this user whose file
+    nobody has locked."""
+    with contextlib.suppress(OSError):
+        parent = tempfile.gettempdir()
+        for name in os.listdir(parent):
+            if name.startswith(DIRECTORY_PREFIX):
+                remove_if_stale(os.path.join(parent, name))
+
+
+def remove_if_stale(directory: str) -> None:
+    with contextlib.suppress(OSError):
+        is_own = os.lstat(directory).st_uid == os.getuid()
+        if is_own and os.path.isfile(os.path.join(directory, LOCK_FILE)):
+            descriptor = lock_directory(directory)
+            shutil.rmtree(directory, ignore_errors=True)
+            os.close(descriptor)
+
+
+# ── Generation ───────────────────────────────────────────────────────────────────
+# From a Request to the events of its answers: a place in the queue, a process for each
+# choice, and what later requests need of them.
+
+
+class RequestQueue:
+    """Lets at most `capacity` CLI processes run at once; requests wait in order.
+
+    `changed` guards `active` and `waiting`. No other lock is taken under it.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.active = 0  # processes
+        self.waiting: collections.deque[object] = collections.deque()
         self.changed = threading.Condition()
 
-    def enter(self, places: int, client: TimedReader) -> Iterator[None]:
-        """Yield None while waiting. Raises APIError 400, 429, Disconnected."""
-        if places > self.width:
-            raise APIError(400, f"'n' exceeds this server's {self.width}.", None, "n")
+    def acquire(self, count: int, client: ClientConnection) -> Iterator[None]:
+        """Wait for `count` places, and yield from time to time meanwhile. Raises
+        APIError 400 or 429, and DisconnectedError."""
+        if count > self.capacity:
+            message = (
+                f"'n' must not exceed --max-concurrency, which is {self.capacity}."
+            )
+            raise APIError(400, message, None, "n")
         ticket = object()
-
-        def is_next() -> bool:
-            return self.queue[0] is ticket and self.active + places <= self.width
-
         with self.changed:
-            if len(self.queue) >= MAX_WAITING:
-                wait = {"Retry-After": "5"}
-                raise APIError(429, "Too many requests wait.", "queue_full", None, wait)
-            self.queue.append(ticket)
+            if len(self.waiting) >= MAX_WAITING:
+                headers = {"Retry-After": "5"}
+                message = "Too many requests are queued."
+                raise APIError(429, message, "queue_full", None, headers)
+            self.waiting.append(ticket)
         try:
-            while True:
-                with self.changed:
-                    if self.changed.wait_for(is_next, TICK_SECONDS):
-                        self.active += places
-                        return
-                yield None
-                if client.has_left():
-                    raise Disconnected
+            while not self.try_acquire(ticket, count):
+                yield
+                client.check_connected()
         finally:
             with self.changed:
-                self.queue.remove(ticket)
+                self.waiting.remove(ticket)
                 self.changed.notify_all()
 
-    def leave(self, places: int) -> None:
+    def try_acquire(self, ticket: object, count: int) -> bool:
+        """Wait for at most POLL_SECONDS -> whether the places are taken."""
+
+        def is_next() -> bool:
+            has_room = self.active + count <= self.capacity
+            return has_room and self.waiting[0] is ticket
+
         with self.changed:
-            self.active -= places
+            if not self.changed.wait_for(is_next, POLL_SECONDS):
+                return False
+            self.active += count
+            return True
+
+    def release(self, count: int) -> None:
+        with self.changed:
+            self.active -= count
             self.changed.notify_all()
 
+    def counts(self) -> tuple[int, int]:
+        """The numbers of active processes, and of waiting requests."""
+        with self.changed:
+            return self.active, len(self.waiting)
 
-STOPPING = "The server is stopping."
+
+class OutputReader:
+    """Waits for the output of CLI processes and for the client to leave, at once, so
+    that no further thread is needed. Used by one thread."""
+
+    def __init__(self, client: ClientConnection) -> None:
+        self.client = client
+        self.processes: list[CliProcess] = []
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(client.connection, selectors.EVENT_READ)
+
+    def add(self, process: CliProcess) -> None:
+        self.processes.append(process)
+        self.selector.register(process.stdout, selectors.EVENT_READ, process)
+
+    def remove(self, process: CliProcess) -> None:
+        self.processes.remove(process)
+        unregister(self.selector, process)
+
+    def read(self) -> list[tuple[CliProcess, Json]]:
+        """Wait for at most POLL_SECONDS -> the lines that have come. Raises APIError
+        502, and DisconnectedError."""
+        for process in self.processes:
+            update_write_interest(self.selector, process)
+        lines = []
+        for key, _ in self.selector.select(POLL_SECONDS):
+            process = key.data
+            if process is None:
+                self.check_client()
+            elif key.fileobj is process.stdout:
+                lines += [(process, line) for line in process.read()]
+            else:
+                process.write()
+        if self.client.input_has_ended:
+            self.client.check_connected()
+        return lines
+
+    def check_client(self) -> None:
+        """The client has left, or sends its next request already."""
+        self.client.check_connected()
+        if self.client.is_full() or self.client.input_has_ended:
+            self.selector.unregister(self.client.connection)
+
+    def close(self) -> None:
+        self.selector.close()
 
 
-class Backend:
-    """What all requests share: the gate, the processes, and what past answers taught.
+class Choice:
+    """One answer of a generation, and the process that gives it. `process` is None
+    before it is started, and when the pool has it back."""
 
-    Each use of `memory` and `rate_limit` is one operation, which needs no lock.
+    def __init__(self, index: int, request: Request, now: float) -> None:
+        self.index = index
+        self.answer = Answer()
+        self.decoder = AnswerDecoder(request, self.answer, now)
+        self.process: CliProcess | None = None
+        self.was_replaced = False
+
+
+class Generation:
+    """A request that is being answered. Used by one thread.
+
+    `conversation` is what a process has been sent of it before the query. `is_prepared`
+    tells whether a spare has been requested for the turn that follows.
     """
 
-    def __init__(self, settings: Settings):
-        self.settings = settings
-        self.gate = Gate(settings.max_concurrency)
-        self.installation = Installation(settings.claude)
-        self.keeper = Keeper(self.installation, settings.spares)
-        self.memory: Memory = {}
-        self.rate_limit: Optional[Json] = None
-        self.started = time.monotonic()
-        self.stopping = False
+    def __init__(self, service: Service, request: Request, client: ClientConnection):
+        self.service = service
+        self.request = request
+        self.client = client
+        now = time.time()
+        count = request.output.choices
+        self.choices = [Choice(index, request, now) for index in range(count)]
+        self.answers = [choice.answer for choice in self.choices]
+        self.started_at = time.monotonic()
+        self.first_token_seconds: float | None = None
+        self.version: Version = ()
+        self.conversation = SentState("")
+        self.answer_has_begun = False
+        self.is_prepared = False
 
-    def deltas(self, reply: Reply, client: TimedReader) -> Iterator[Optional[Delta]]:
-        """The deltas of one response, until its processes have ended. None means that
-        there is no more for now. Raises APIError, Disconnected."""
-        ask, begun, expecting = reply.ask, time.monotonic(), False
-        yield from self.gate.enter(ask.n, client)
-        answers: Dict[Claude, Answer] = {}
+    def is_complete(self) -> bool:
+        return all(answer.finish_reason is not None for answer in self.answers)
+
+    def events(self) -> Generator[list[tuple[int, Event]], None, None]:
+        """The events of the answers with the index of their choice, in batches. An
+        empty batch means that there is nothing new. Raises APIError and
+        DisconnectedError."""
+        queue = self.service.queue
+        for _ in queue.acquire(len(self.choices), self.client):
+            yield []
         try:
-            self.refuse_when_stopping()
-            for answer in reply.answers:
-                answers[self.keeper.start(ask)] = answer
-            with contextlib.closing(
-                listen(list(answers), client, self.settings.timeout)
-            ) as lines:
-                for found in lines:
-                    if found is None:
-                        yield None
-                        continue
-                    claude, line = found
-                    answer = answers[claude]
-                    deltas = answer.feed(line)
-                    if answer.finish_reason:
-                        claude.stop(signal.SIGTERM if answer.calm else signal.SIGKILL)
-                    if deltas and not expecting:
-                        expecting = True
-                        self.keeper.expect(ask, ask.turns if ask.goes_on else [])
-                    if reply.first is None and (answer.pieces or answer.sent):
-                        reply.first = time.monotonic() - begun
-                    yield from deltas
-            if not reply.is_complete:
-                raise APIError(503, STOPPING, "stopping")
-            self.learn(reply)
+            with contextlib.closing(OutputReader(self.client)) as reader:
+                self.start(reader)
+                while not self.is_complete():
+                    yield self.read_events(reader)
+            self.service.record_success(self)
         except APIError as error:
-            self.note_failure(error, answers)
+            self.service.record_failure(error, self)
             raise
         finally:
-            for claude, answer in answers.items():
-                self.keeper.retire(claude)
-                self.note_limit(answer.rate_limit)
-            self.gate.leave(ask.n)
+            self.retire_processes()
+            queue.release(len(self.choices))
+
+    def start(self, reader: OutputReader) -> None:
+        """Start a process for each choice. Raises APIError 503."""
+        self.service.refuse_when_stopping()
+        binary = self.service.installation.find_binary()
+        self.version = binary.version
+        self.conversation = state_before_query(self.request.prompt, self.version)
+        for choice in self.choices:
+            self.start_process(choice, binary, reader, may_be_spare=True)
+
+    def start_process(
+        self,
+        choice: Choice,
+        binary: CliBinary,
+        reader: OutputReader,
+        may_be_spare: bool,
+    ) -> None:
+        query = query_lines(self.request.prompt, binary.version)
+        pool = self.service.pool
+        choice.process = pool.start(binary, self.conversation, query, may_be_spare)
+        reader.add(choice.process)
+
+    def read_events(self, reader: OutputReader) -> list[tuple[int, Event]]:
+        """The next batch. A process that ends or is silent is replaced or reported."""
+        lines = reader.read()
+        events: list[tuple[int, Event]] = []
+        for choice in self.choices:
+            process = choice.process
+            for source, line in lines:
+                if source is process and choice.answer.finish_reason is None:
+                    new_events = choice.decoder.decode(line)
+                    events += [(choice.index, event) for event in new_events]
+            if process is not None:
+                self.check_process(choice, process, reader)
+        if events:
+            self.note_progress(events)
+        return events
+
+    def note_progress(self, events: list[tuple[int, Event]]) -> None:
+        """Measure the first token, and prepare the next turn as soon as there is a
+        reason to."""
+        if self.first_token_seconds is None:
+            if any(answer.has_output for answer in self.answers):
+                self.first_token_seconds = time.monotonic() - self.started_at
+        if not self.answer_has_begun:
+            self.answer_has_begun = True
+            if self.service.knows_conversation(self.conversation):
+                self.prepare_next_turn()
+            self.service.pool.request_refill()
+        if not self.is_prepared:
+            if any(isinstance(event, ToolCallStarted) for _, event in events):
+                self.prepare_next_turn()
+
+    def prepare_next_turn(self) -> None:
+        """Have a spare sent the conversation up to this request: an agent's next step
+        follows within milliseconds of the answer.
+
+        That is worth a process only if the conversation goes on. It does if the answer
+        calls a tool, or if this server has given the answer before it. A first request
+        may have examples in front, or tools, and still be one of a batch.
+        """
+        if len(self.choices) == 1:
+            self.is_prepared = True
+            wanted = self.state_after_query()
+            self.service.pool.request_spare(wanted, only_extend=False)
+
+    def state_after_query(self) -> SentState:
+        last_turn = self.request.prompt.turns[-1:]
+        return state_with_turns(self.conversation, last_turn, self.version)
+
+    def check_process(
+        self, choice: Choice, process: CliProcess, reader: OutputReader
+    ) -> None:
+        """Give back a process that has answered; replace one that did not even begin;
+        report any other end or silence. Raises APIError."""
+        silence = time.monotonic() - process.last_activity
+        never_printed = not process.has_printed and not choice.was_replaced
+        is_dead_spare = process.was_spare and silence > SPARE_SILENCE_SECONDS
+        if choice.answer.finish_reason is not None:
+            reader.remove(process)
+            choice.process = None
+            self.service.end_process(process, choice.answer)
+        elif process.stopped_at is not None:
+            raise stopping_error()
+        elif never_printed and (process.has_ended or is_dead_spare):
+            reader.remove(process)
+            choice.was_replaced = True
+            self.service.pool.retire(process, signal.SIGKILL)
+            self.start_process(choice, process.binary, reader, may_be_spare=False)
+        elif process.has_ended:
+            message = "The Claude CLI ended before its answer did."
+            raise APIError(502, message, "cli_died")
+        elif silence > self.service.settings.timeout:
+            seconds = self.service.settings.timeout
+            message = f"Claude was silent for {seconds:g} seconds."
+            raise APIError(504, message, "timeout")
+
+    def retire_processes(self) -> None:
+        """End what is still running: the request failed, or the client left."""
+        for choice in self.choices:
+            if choice.process is not None:
+                self.service.pool.retire(choice.process, signal.SIGTERM)
+                choice.process = None
+        self.service.pool.request_refill()
+
+
+def stopping_error() -> APIError:
+    return APIError(503, "The server is stopping.", "stopping")
+
+
+class PlanWindow(NamedTuple):
+    """A window of the plan: the part used (0 to 1), when it ends (epoch seconds), and
+    the CLI's word for its state. What the CLI does not tell is None."""
+
+    used: float | None
+    resets_at: int | None
+    status: str | None
+
+    def is_used_up(self, percent: float, now: float) -> bool:
+        """Whether it is known to be used to `percent`, and has not ended."""
+        if self.used is None or self.resets_at is None:
+            return False
+        return self.used * 100 >= percent and self.resets_at > now
+
+
+CODEX_WINDOWS = {  # name -> (Codex's name for it, its length in minutes)
+    "five_hour": ("primary", 300),
+    "seven_day": ("secondary", 10080),
+}
+WINDOW_NAMES = {"five_hour": "5-hour", "seven_day": "weekly"}
+MODEL_WINDOW_PREFIX = "seven_day_"  # a window of one model family: seven_day_opus
+
+
+class Plan:
+    """What the CLI tells of the plan's limits, in its rate_limit_event.
+
+    `lock` guards all fields. No other lock is taken under it.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.windows: dict[str, PlanWindow] = {}
+        self.status: str | None = None  # the CLI's word for all windows together
+        self.extra_usage: bool | None = None  # whether it is being drawn on
+        self.updated_at: float | None = None
+
+    def record(self, info: Json, now: float) -> None:
+        """Take over a rate_limit_info. From 2.1.332 on it tells of all windows; older
+        CLIs tell of the one that matters, and how much is used only near its end."""
+        windows = {}
+        try:
+            unified = info.get("unifiedWindows") or {}
+            for name, window in unified.items():
+                windows[name] = plan_window(window)
+            name = optional_str(info.get("rateLimitType"))
+            if not windows and name is not None:
+                windows[name] = plan_window(info)
+        except MALFORMED_LINE_ERRORS:
+            log("The Claude CLI reported the plan's limits in an unknown format.")
+            return
+        status = optional_str(info.get("status"))
+        with self.lock:
+            was_extra = self.extra_usage
+            has_changed = status != self.status
+            self.windows.update(windows)
+            self.status = status
+            if type(info.get("isUsingOverage")) is bool:
+                self.extra_usage = info["isUsingOverage"]
+            self.updated_at = now
+            is_extra = self.extra_usage
+        if has_changed and status != "allowed":
+            log(f"plan: status={status} window={name} used={self.used_percentages()}")
+        if is_extra and not was_extra:
+            log("plan: extra usage is being drawn on, and billed")
+
+    def check(self, limit: float, model: str, now: float) -> None:
+        """Raises APIError 429 while `limit` percent of a window are used."""
+        if limit <= 0:
+            return
+        with self.lock:
+            windows = dict(self.windows)
+        for name, window in windows.items():
+            if applies_to(name, model) and window.is_used_up(limit, now):
+                raise plan_limit_error(name, window, limit, now)
+
+    def used_percentages(self) -> str:
+        """For the log: the windows of five hours and of a week, such as "37%/12%";
+        empty if neither is known."""
+        with self.lock:
+            windows = [self.windows.get(name) for name in CODEX_WINDOWS]
+        texts = []
+        for window in windows:
+            if window is None or window.used is None:
+                texts.append("?")
+            else:
+                texts.append(f"{window.used * 100:.0f}%")
+        return "" if texts == ["?", "?"] else "/".join(texts)
+
+    def headers(self) -> dict[str, str]:
+        """Response headers from which Codex shows the limits in its /status (0.169)."""
+        headers = {}
+        with self.lock:
+            for name, (codex_name, minutes) in CODEX_WINDOWS.items():
+                window = self.windows.get(name)
+                if window is None or window.used is None:
+                    continue
+                prefix = f"x-codex-{codex_name}"
+                headers[f"{prefix}-used-percent"] = f"{window.used * 100:g}"
+                headers[f"{prefix}-window-minutes"] = str(minutes)
+                if window.resets_at is not None:
+                    headers[f"{prefix}-reset-at"] = str(window.resets_at)
+        return headers
+
+    def to_json(self) -> Json:
+        with self.lock:
+            windows = {name: w._asdict() for name, w in self.windows.items()}
+            body: Json = {"windows": windows}
+            body["extra_usage"] = self.extra_usage
+            body["updated_at"] = self.updated_at
+            return body
+
+
+def plan_window(window: Json) -> PlanWindow:
+    """Raises one of MALFORMED_LINE_ERRORS."""
+    used = window.get("utilization")
+    resets_at = window.get("resetsAt")
+    return PlanWindow(
+        used=None if used is None else float(used),
+        resets_at=None if resets_at is None else int(resets_at),
+        status=optional_str(window.get("status")),
+    )
+
+
+def applies_to(window_name: str, model: str) -> bool:
+    """Whether the window limits this model. That of extra usage is no part of the
+    plan."""
+    if window_name in CODEX_WINDOWS:
+        return True
+    if window_name.startswith(MODEL_WINDOW_PREFIX):
+        return window_name[len(MODEL_WINDOW_PREFIX) :] in model
+    return False
+
+
+def plan_limit_error(
+    name: str, window: PlanWindow, limit: float, now: float
+) -> APIError:
+    used = (window.used or 0) * 100
+    window_text = WINDOW_NAMES.get(name, name.replace("_", " "))
+    message = (
+        f"{used:.0f}% of the plan's {window_text} limit is used. This server stops at "
+        f"{limit:g}%; see --plan-limit."
+    )
+    error = APIError(429, message, "rate_limit_exceeded")
+    error.resets_at = window.resets_at
+    wait = max(1, math.ceil((window.resets_at or 0) - now))
+    error.headers["Retry-After"] = str(wait)
+    return error
+
+
+MAX_RECENT_REQUESTS = 50
+USAGE_HOURS = 24
+USAGE_COUNTS = ("input_tokens", "cached_tokens", "output_tokens")
+MAX_USAGE_ROWS = 500  # hours times models; the oldest are forgotten first
+
+
+class UsageHistory:
+    """The last requests, and the tokens of the last 24 hours by hour and model. It
+    never holds a request's text. `lock` guards all fields; no other lock is taken under
+    it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.requests: collections.deque[Json] = collections.deque(
+            maxlen=MAX_RECENT_REQUESTS
+        )
+        self.hours: dict[tuple[int, str], Json] = {}
+
+    def add(self, record: Json) -> None:
+        """Add a request: see `requests` in Service.status()."""
+        with self.lock:
+            self.requests.appendleft(record)
+            if record["output_tokens"] is not None:
+                self.add_to_hour(record)
+
+    def add_to_hour(self, record: Json) -> None:
+        start = int(record["time"]) // 3600 * 3600
+        key = (start, record["model"])
+        if key not in self.hours:
+            new_row: Json = {"start": start, "model": record["model"], "requests": 0}
+            new_row.update(dict.fromkeys(USAGE_COUNTS, 0))
+            self.hours[key] = new_row
+        row = self.hours[key]
+        row["requests"] += 1
+        for name in USAGE_COUNTS:
+            row[name] += record[name]
+        oldest = start - (USAGE_HOURS - 1) * 3600
+        for old_key in [key for key in self.hours if key[0] < oldest]:
+            del self.hours[old_key]
+        while len(self.hours) > MAX_USAGE_ROWS:
+            del self.hours[min(self.hours)]
+
+    def to_json(self, now: float) -> Json:
+        oldest = int(now) // 3600 * 3600 - (USAGE_HOURS - 1) * 3600
+        with self.lock:
+            hours = [dict(row) for key, row in sorted(self.hours.items())]
+            requests = list(self.requests)
+        recent = [row for row in hours if row["start"] >= oldest]
+        return {"hours": recent, "requests": requests}
+
+
+class Service:
+    """What all requests share.
+
+    `lock` guards the models and `known_conversations`; no other lock is taken under it.
+    The other parts guard themselves. `is_stopping` is set once, by the main thread,
+    which also is the only one to use `next_models_query`.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.queue = RequestQueue(settings.max_concurrency)
+        self.installation = Installation(settings.claude)
+        self.pool = ProcessPool(self.installation, settings.spares)
+        self.cache = AnswerCache()
+        self.plan = Plan()
+        self.history = UsageHistory()
+        self.started_at = time.monotonic()
+        self.is_stopping = False
+        self.lock = threading.Lock()
+        self.models = ModelCatalog()
+        self.models_key: Any = None  # the CLI and the login that they are of
+        self.next_models_query = 0.0
+        self.known_conversations: dict[bytes, None] = {}
+
+    def context(self) -> Context:
+        """What parsing a request may refer to."""
+        with self.lock:
+            return Context(self.models, self.cache)
 
     def refuse_when_stopping(self) -> None:
-        if self.stopping:
-            raise APIError(503, STOPPING, "stopping")
+        if self.is_stopping:
+            raise stopping_error()
 
-    def learn(self, reply: Reply) -> None:
-        """The response is complete: the login works, and a tool loop needs the signed
-        thinking again."""
-        self.installation.note_login(True)
-        for answer in reply.answers:
-            if answer.calls and any("thinking" in b["type"] for b in answer.blocks):
-                thought = Thought(reply.ask.model, answer.model, answer.blocks)
-                self.memory[answer.calls[0]["id"]] = thought
-        self.memory.update(reply.texts)
-        while len(self.memory) > MAX_MEMORY:
-            self.memory.pop(next(iter(list(self.memory))), None)
+    def knows_conversation(self, conversation: SentState) -> bool:
+        """Whether this server gave the last answer in it."""
+        key = conversation.conversation_hash()
+        with self.lock:
+            return key in self.known_conversations
 
-    def note_failure(self, error: APIError, claudes: Iterable[Claude]) -> None:
+    def remember_conversation(self, conversation: SentState) -> None:
+        key = conversation.conversation_hash()
+        with self.lock:
+            self.known_conversations[key] = None
+            while len(self.known_conversations) > MAX_KNOWN_CONVERSATIONS:
+                del self.known_conversations[next(iter(self.known_conversations))]
+
+    def end_process(self, process: CliProcess, answer: Answer) -> None:
+        """End a process whose answer is complete. It is read on for what it tells of
+        the plan, unless the CLI would ask the API again meanwhile."""
+        signal_number = signal.SIGTERM if answer.will_stop else signal.SIGKILL
+        reads_on = answer.stop_reason in (*FINAL_STOP_REASONS, "tool_use")
+        is_empty = answer.stop_reason != "tool_use" and not str(answer.content)
+        if reads_on and not is_empty:
+            deadline = time.monotonic() + RATE_LIMIT_EVENT_SECONDS
+            self.pool.watch(process, Watch(self.find_plan, deadline, signal_number))
+        else:
+            self.pool.retire(process, signal_number)
+
+    def find_plan(self, process: CliProcess, lines: list[Json]) -> bool:
+        """Record a rate_limit_event -> whether there is one among the lines."""
+        found = False
+        for line in lines:
+            info = line.get("rate_limit_info")
+            if line.get("type") == "rate_limit_event" and type(info) is dict:
+                self.plan.record(info, time.time())
+                found = True
+        return found
+
+    def manage_processes(self, listener: socket.socket | None = None) -> bool:
+        """One round of the main loop: wait for what the pool waits for, and serve it.
+        Returns whether a client waits at `listener`, which the pool's selector has."""
+        client_waits = False
+        self.pool.tick()
+        self.update_models()
+        seconds = self.pool.seconds_to_next_tick()
+        for key, _ in self.pool.selector.select(seconds):
+            if listener is not None and key.fileobj is listener:
+                client_waits = True
+            else:
+                self.pool.on_ready(key)
+        return client_waits
+
+    def knows_models(self) -> bool:
+        """Whether the CLI has said which models this login may use."""
+        with self.lock:
+            return self.models_key is not None
+
+    def update_models(self) -> None:
+        """Ask the CLI, in a process of its own, which models this login may use; once
+        for a CLI and a login, and not while a request or a spare needs the machine."""
+        binary = self.installation.known_binary()
+        key = (binary, self.installation.login_key())
+        now = time.monotonic()
+        with self.lock:
+            is_known = key == self.models_key
+        if binary is None or key[1] is None or is_known:
+            return
+        if now < self.next_models_query:
+            return
+        active, _ = self.queue.counts()
+        if active or self.pool.is_starting(now):
+            return
+        self.next_models_query = now + RESTART_SECONDS
+        with contextlib.suppress(APIError):  # the next request reports it
+            process = self.pool.spawn(binary, "sonnet")
+            process.send(SentState("sonnet", initialize_options("", [])))
+            is_done = functools.partial(self.find_models, key)
+            deadline = now + CLI_COMMAND_SECONDS
+            self.pool.watch(process, Watch(is_done, deadline, signal.SIGTERM))
+
+    def find_models(self, key: Any, process: CliProcess, lines: list[Json]) -> bool:
+        """Take the models from the answer to `initialize` -> whether it has come."""
+        if process.initialize_answer is None:
+            return False
+        try:
+            offered = offered_models(process.initialize_answer)
+        except MALFORMED_LINE_ERRORS:
+            log("The Claude CLI listed its models in an unknown format.")
+            offered = []
+        with self.lock:
+            self.models = ModelCatalog(offered)
+            self.models_key = key
+        return True
+
+    def record_success(self, generation: Generation) -> None:
+        """The answers are complete: the login works, and the next step of a tool loop
+        will need their signed thinking."""
+        self.installation.record_accepted_login()
+        self.pool.record_answer()
+        for choice in generation.choices:
+            answer = choice.answer
+            if answer.calls and any(is_thinking(block) for block in answer.blocks):
+                model = generation.request.prompt.model
+                signed = SignedAnswer(model, answer.model, answer.blocks)
+                call_ids = [api_name(call.id) for call in answer.calls]
+                self.cache.add_signed_answer(call_ids, signed)
+        self.record_limits(generation)
+
+    def record_failure(self, error: APIError, generation: Generation) -> None:
+        """Raises APIError 503 instead if the server is stopping."""
         self.refuse_when_stopping()
+        self.record_limits(generation)
         if error.status == 401:
-            self.installation.note_login(False)
-            self.keeper.drop(self.keeper.spares)  # they know the old login
-        for claude in claudes if self.settings.verbose else ():
-            with contextlib.suppress(OSError), open(claude.stderr, "rb") as file:
-                file.seek(max(0, os.path.getsize(claude.stderr) - 2000))
-                log("claude: " + file.read().decode("utf-8", "replace"))
+            self.installation.record_refused_login()
+            self.pool.retire_spares()  # they use the old login
+        if self.settings.verbose:
+            for choice in generation.choices:
+                if choice.process is not None:
+                    log_failed_process(error, choice.process)
 
-    def note_limit(self, info: Json) -> None:
-        """Keep what the CLI says of the plan's limit, for /health. Log it if it is new
-        and not plainly "allowed"."""
-        before = (self.rate_limit or {}).get("status")
-        if info and info.get("status") not in ("allowed", before):
-            log("limit " + " ".join(f"{key}={value}" for key, value in info.items()))
-        self.rate_limit = info or self.rate_limit
+    def record_limits(self, generation: Generation) -> None:
+        """A rate_limit_event may also come before the end of an answer."""
+        for choice in generation.choices:
+            if choice.decoder.rate_limit:
+                self.plan.record(choice.decoder.rate_limit, time.time())
 
-    def expect_next_turn(self, reply: Reply) -> None:
-        """The response is out: have a spare ready for the turn that follows it."""
-        ask, script = reply.ask, Transcript()
-        if reply.is_complete and ask.goes_on:
-            with contextlib.suppress(APIError):  # two calls of one id
-                reply.add_to(script)
-                script.recall(self.memory, ask.model, ask.wrapped)
-                # The script put BEGIN before the answer, if that said anything.
-                self.keeper.expect(ask, ask.turns + script.turns[1:])
+    def finish(self, generation: Generation, writer: Writer) -> None:
+        """The response has been sent: prepare for the turn that follows it."""
+        if not generation.is_complete() or len(generation.choices) > 1:
+            return
+        writer.remember(self.cache)
+        try:
+            turns = writer.answer_turns(self.cache)
+        except APIError:  # the answer has two calls of one id
+            return
+        conversation = state_with_turns(
+            generation.state_after_query(), turns, generation.version
+        )
+        self.remember_conversation(conversation)
+        if generation.is_prepared:
+            self.pool.request_spare(conversation, only_extend=True)
 
-    def health(self) -> Tuple[int, Json]:
-        """-> (status, body) of /health."""
-        program, problem = self.installation.look()
-        path, version, _ = program or (None, (), ())
-        login = self.installation.login if program else None
-        claude = {"path": path, "version": dotted(version) or None, "logged_in": login}
-        body = {"status": "error" if problem else "ok", "version": __version__}
-        body.update({"message": problem} if problem else {}, claude=claude)
-        body.update(active=self.gate.active, waiting=len(self.gate.queue))
-        body.update(spares=len(self.keeper.spares), rate_limit=self.rate_limit)
-        body.update(uptime=round(time.monotonic() - self.started))
+    def close(self, is_busy: Callable[[], bool]) -> None:
+        """End every process. Running answers get a moment; `is_busy` tells whether
+        there are any."""
+        self.installation.close()
+        self.pool.close_spares()
+        self.wait_until_idle(is_busy, DRAIN_SECONDS)
+        self.pool.stop_all(signal.SIGTERM)
+        self.wait_until_idle(is_busy, TERMINATE_SECONDS)
+        self.pool.stop_all(signal.SIGKILL)
+        self.wait_until_idle(is_busy, TERMINATE_SECONDS)
+        self.pool.close()
+
+    def wait_until_idle(self, is_busy: Callable[[], bool], seconds: float) -> None:
+        """Wait until all requests are answered and all processes reaped, but no longer.
+        A client that does not read is not waited for any longer than that."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            self.pool.reap()
+            _, unreaped = self.pool.counts()
+            if not unreaped and not is_busy():
+                return
+            time.sleep(0.002)
+
+    def check(self) -> tuple[CliBinary | None, str]:
+        """The CLI, and what is wrong with the installation, if anything."""
+        binary, problem = self.installation.check()
+        if not problem:
+            try:
+                self.pool.ensure_directory()
+            except APIError as error:
+                problem = error.message
+        return binary, problem
+
+    def health(self) -> tuple[int, Json]:
+        """The status and the body of /health."""
+        binary, problem = self.check()
+        body: Json = {
+            "status": "error" if problem else "ok",
+            "version": __version__,
+            "uptime": round(time.monotonic() - self.started_at),
+        }
+        if problem:
+            body["message"] = problem
+        body["claude"] = self.cli_json(binary)
+        active, waiting = self.queue.counts()
+        spares, _ = self.pool.counts()
+        body["active"] = active
+        body["waiting"] = waiting
+        body["spares"] = spares
+        body["plan"] = self.plan_json()
         return (503 if problem else 200), body
 
+    def status(self) -> Json:
+        """The data of the page. Values that are not known are None; times are in epoch
+        seconds. It never holds a request's text."""
+        binary, problem = self.check()
+        now = time.time()
+        active, waiting = self.queue.counts()
+        spares, _ = self.pool.counts()
+        processes = {
+            "running": active,
+            "waiting": waiting,
+            "spares": spares,
+            "max_concurrency": self.settings.max_concurrency,
+        }
+        models = [model.to_json() for model in self.context().models.models]
+        return {
+            "object": "status",
+            "version": __version__,
+            "now": now,
+            "uptime": round(time.monotonic() - self.started_at),
+            "status": "error" if problem else "ok",
+            "message": problem or None,
+            "claude": self.cli_json(binary),
+            "plan": self.plan_json(),
+            "processes": processes,
+            "models": models,
+            **self.history.to_json(now),
+        }
 
-# ── HTTP ───────────────────────────────────────────────────────────────────────────
-# To add an endpoint, add a method to Handler and a row to Handler.ROUTES. All access
-# checks are in Handler.guard(), in order.
+    def cli_json(self, binary: CliBinary | None) -> Json:
+        if binary is None:
+            return {"path": None, "version": None, "logged_in": None}
+        return {
+            "path": binary.path,
+            "version": version_text(binary.version),
+            "logged_in": self.installation.known_login().is_logged_in,
+        }
+
+    def plan_json(self) -> Json:
+        login = self.installation.known_login()
+        return {
+            "type": login.plan,
+            "tier": login.tier,
+            **self.plan.to_json(),
+            "limit_percent": self.settings.plan_limit,
+        }
+
+
+def no_request() -> bool:
+    """Where no server runs, no request is being answered."""
+    return False
+
+
+def log_failed_process(error: APIError, process: CliProcess) -> None:
+    """How a CLI failed, without a word of its own: what it prints may hold prompts."""
+    exit_code = process.process.poll()
+    ending = "running" if exit_code is None else f"exit={exit_code}"
+    size = process.stderr_size()
+    log(f"claude: status={error.status} code={error.code} {ending} stderr={size}_bytes")
+
+
+# ── HTTP ─────────────────────────────────────────────────────────────────────────
+# To add an endpoint, add a method to Handler and a row to ROUTES. All access checks are
+# in Handler.check_access(), in order.
+
+CONTINUE_RESPONSE = b"HTTP/1.1 100 Continue\r\n\r\n"  # an interim one (RFC 9110, 15.2)
+
+
+class ClientConnection(io.RawIOBase):
+    """The client's socket: reads with a deadline, writes, and notices that it left.
+
+    The deadline is for a whole request, so that a slow sender can't hold a thread for
+    ever. `read_ahead` is what the client sent while it waited for its answer.
+    `ignored_bytes` are bytes that the client ignores if they are sent now: they probe
+    whether a client that has closed its sending side still reads; None if there are
+    none.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.deadline: float | None = None  # None: between requests
+        self.read_ahead = bytearray()
+        self.input_has_ended = False  # the client has closed its sending side
+        self.ignored_bytes: bytes | None = None
+        self.next_probe = 0.0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Called by io.BufferedReader. Raises TimeoutError."""
+        if self.read_ahead:
+            count = min(len(buffer), len(self.read_ahead))
+            buffer[:count] = self.read_ahead[:count]
+            del self.read_ahead[:count]
+            return count
+        remaining: float = IDLE_CONNECTION_SECONDS
+        if self.deadline is not None:
+            remaining = self.deadline - time.monotonic()
+        if remaining <= 0:
+            raise TimeoutError
+        self.connection.settimeout(remaining)
+        count = self.connection.recv_into(buffer)
+        if self.deadline is None:
+            self.deadline = time.monotonic() + REQUEST_SECONDS
+        return count
+
+    def send(self, data: bytes) -> None:
+        """Raises OSError."""
+        self.connection.settimeout(WRITE_SECONDS)
+        self.connection.sendall(data)
+
+    def is_full(self) -> bool:
+        """Whether so much was read ahead that we can't see whether the end follows."""
+        return len(self.read_ahead) >= MAX_READ_AHEAD_BYTES
+
+    def check_connected(self) -> None:
+        """Raises DisconnectedError if the client has left. What it sends is kept."""
+        if self.is_full():
+            return
+        if not self.input_has_ended:
+            self.read_available()
+        if self.input_has_ended:
+            self.probe()
+
+    def read_available(self) -> None:
+        self.connection.setblocking(False)  # reading and writing set their own timeout
+        try:
+            data = self.connection.recv(MAX_READ_AHEAD_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            raise DisconnectedError from None
+        self.read_ahead += data
+        self.input_has_ended = data == b""
+
+    def probe(self) -> None:
+        """A client may close its sending side and still read (RFC 9112, 9.6). A closed
+        socket answers a write with a reset, and fails the next one."""
+        if time.monotonic() < self.next_probe:
+            return
+        if self.ignored_bytes is None:
+            raise DisconnectedError
+        try:
+            self.send(self.ignored_bytes)
+            time.sleep(0.02)
+            self.send(self.ignored_bytes)
+        except OSError:
+            raise DisconnectedError from None
+        self.next_probe = time.monotonic() + POLL_SECONDS
+
+
+class RecordingReader(io.BufferedReader):
+    """A BufferedReader that keeps what readline() returns, while `record` is set. The
+    parser of http.server hides which bytes separated the headers."""
+
+    record: bytearray | None = None
+
+    def readline(self, size: int | None = -1) -> bytes:
+        line = super().readline(size)
+        if self.record is not None:
+            self.record += line
+        return line
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Accepts connections, each with a Handler in a thread of its own, and stops."""
+    """Accepts connections, each with a Handler in a thread of its own, and stops.
+
+    `lock` guards `busy`, the handlers whose request is not answered yet.
+    """
 
     daemon_threads = True
     block_on_close = False
     request_queue_size = 512
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings) -> None:
+        """Listen. Raises OSError."""
         self.settings = settings
         if ":" in settings.host:
             self.address_family = socket.AF_INET6
         super().__init__((settings.host, settings.port), Handler)
         self.socket.setblocking(False)  # BSD: a client may leave before accept()
-        self.backend = Backend(settings)
-        self.origins = set(re.findall(r"[^\s,]+", settings.allow_origin))
-        self.busy: Set[Handler] = set()  # whose request is not answered yet
+        self.service = Service(settings)
+        self.allowed_origins = set(re.findall(r"[^\s,]+", settings.allow_origin))
+        self.allowed_hosts = set(re.findall(r"[^\s,]+", settings.allow_host.lower()))
+        self.lock = threading.Lock()
+        self.busy: set[Handler] = set()
 
     def server_bind(self) -> None:
         """Without HTTPServer's getfqdn(), which can wait for a name server."""
         super(http.server.HTTPServer, self).server_bind()
-        self.server_name, self.server_port = self.server_address[:2]
+        host, port = self.server_address[:2]
+        self.server_name = str(host)
+        self.server_port = int(port)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Nothing: Handler.serve() logs bugs, and the rest are lost clients."""
+        """An exception outside Handler.handle_request(). A client that leaves is no
+        error."""
+        error = sys.exc_info()[1]
+        if error is not None and not isinstance(error, OSError):
+            log_exception(error)
 
     def run(self) -> None:
-        """The main thread's part: accept, feed the spares, reap; until stopping."""
-        keeper = self.backend.keeper
-        keeper.selector.register(self.socket, selectors.EVENT_READ)
-        while not self.backend.stopping:
-            keeper.tick()
-            for key, _ in keeper.selector.select(TICK_SECONDS):
-                if key.fileobj is self.socket:
-                    self.accept()
-                else:
-                    keeper.feed(key)
+        """The main thread's part: accept, manage the processes, until stopping."""
+        self.service.pool.selector.register(self.socket, selectors.EVENT_READ)
+        while not self.service.is_stopping:
+            try:
+                self.run_once()
+            except Exception as error:  # a bug must not end the server
+                log_exception(error)
+                time.sleep(POLL_SECONDS)
+
+    def run_once(self) -> None:
+        if self.service.manage_processes(self.socket):
+            self.accept()
 
     def accept(self) -> None:
         try:
             connection, address = self.get_request()
-        except OSError:  # it was gone again; or no descriptor is left
-            return time.sleep(0.01)
+        except OSError:  # the client left, or we are out of file descriptors
+            time.sleep(0.01)
+            return
         try:
             self.process_request(connection, address)
-        except RuntimeError:  # no thread is left
+        except RuntimeError:  # no further thread can be started
             self.shutdown_request(connection)
 
+    def set_busy(self, handler: Handler, is_busy: bool) -> None:
+        with self.lock:
+            if is_busy:
+                self.busy.add(handler)
+            else:
+                self.busy.discard(handler)
+
+    def is_busy(self) -> bool:
+        with self.lock:
+            return bool(self.busy)
+
     def drain(self) -> None:
-        """Give running answers a moment, then end every process. A client that does
-        not read is waited for no longer."""
+        """Stop: give running answers a moment, then end every process."""
         self.server_close()
-        keeper = self.backend.keeper
-        keeper.most = 0
-        keeper.drop(keeper.spares)
-        for how in (None, signal.SIGTERM, signal.SIGKILL):
-            if how:
-                keeper.stop_all(how)
-            end = time.monotonic() + (TERM_SECONDS if how else DRAIN_SECONDS)
-            while (self.busy or keeper.dying) and time.monotonic() < end:
-                keeper.tick()
-                time.sleep(0.002)
-        keeper.close()
-
-
-GO_ON = b"HTTP/1.1 100 Continue\r\n\r\n"
+        self.service.close(self.is_busy)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection. serve() is the way of each request; it is logged there, once."""
+    """One connection. Every request goes through handle_request(), which logs it
+    once."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # a token must not wait for the next one
     server: Server
+    rfile: RecordingReader
 
     def setup(self) -> None:
         super().setup()
-        self.backend = self.server.backend
-        self.reader = TimedReader(self.connection, self.poke)
-        self.rfile = io.BufferedReader(self.reader)
+        self.service = self.server.service
+        self.client = ClientConnection(self.connection)
+        self.rfile = RecordingReader(self.client)
 
     def handle_one_request(self) -> None:
-        self.reader.deadline = None
-        self.reply: Optional[Reply] = None
-        self.headers = None  # of the request before
-        self.status = 0  # until the status line is out
-        self.body_unread = False
+        """Read a request and answer it. http.server's own would look for a method of
+        this class for each HTTP method."""
+        self.start_request()
         try:
-            super().handle_one_request()
-        except OSError:  # gone, or too slow: there is nobody to tell
+            self.raw_requestline = self.rfile.readline(65537)
+            if len(self.raw_requestline) > 65536:
+                self.requestline = ""
+                self.request_version = ""
+                self.command = ""
+                self.send_error(414)
+            elif not self.raw_requestline:
+                self.close_connection = True
+            elif self.parse_request():
+                self.handle_request()
+        except OSError:  # the client left, or was too slow: there is nobody to tell
             self.close_connection = True
 
+    def start_request(self) -> None:
+        """Forget the previous request of this connection."""
+        self.client.deadline = None
+        self.client.ignored_bytes = None
+        self.generation: Generation | None = None
+        self.writer: Writer | None = None
+        self.headers = http.client.HTTPMessage()
+        self.raw_head = bytearray()  # the request line and the headers
+        self.path = "?"
+        self.is_generation = False  # it asks the model
+        self.status = 0  # until the status line has been sent
+        self.body_is_unread = False
+        self.started_at = time.monotonic()
+
+    # Parsing.
+
     def parse_request(self) -> bool:
-        """http.server's, and what it leaves out of RFC 9112."""
+        """http.server's parser, and checks of RFC 9112 that it lacks."""
         if self.raw_requestline in (b"\r\n", b"\n"):
             self.close_connection = False  # an empty line is skipped (2.2)
             return False
-        if not super().parse_request():
+        self.rfile.record = self.raw_head = bytearray(self.raw_requestline)
+        is_complete = super().parse_request()
+        self.rfile.record = None
+        if not is_complete:
             return False
-        words = re.split(r"[\s,]+", self.headers.get("Connection", "").lower())
-        if "close" in words or self.request_version == "HTTP/1.0":
-            self.close_connection = True  # keep-alive is not offered to the old version
-        absolute = re.match("(?i)https?://([^/?]*)(.*)", self.path)
-        if absolute and len(self.headers.get_all("Host", ())) == 1:  # it counts (3.2.2)
-            self.headers.replace_header("Host", absolute[1])
-        self.path = absolute[2] if absolute else self.path
+        self.started_at = time.monotonic()
+        tokens = re.split(r"[\s,]+", self.headers.get("Connection", "").lower())
+        if "close" in tokens or self.request_version == "HTTP/1.0":
+            self.close_connection = True  # keep-alive is not offered to HTTP/1.0
+        self.accept_absolute_url()
         sizes = self.headers.get_all("Content-Length", ["0"])
         has_body = sizes != ["0"] or "Transfer-Encoding" in self.headers
-        self.body_unread = has_body or self.is_malformed()
+        self.body_is_unread = has_body or self.is_malformed()
+        if self.request_version != "HTTP/1.0":
+            self.client.ignored_bytes = CONTINUE_RESPONSE
         return True
 
-    def is_malformed(self) -> bool:
-        """Whether a header is folded or broken: who knows where the body begins."""
-        folded = any(re.search(r"[\r\n]", text) for text in self.headers.values())
-        return folded or bool(self.headers.defects)
+    def accept_absolute_url(self) -> None:
+        """The host of an absolute URL counts, not the Host header (3.2.2)."""
+        match = re.match("(?i)https?://([^/?]*)(.*)", self.path)
+        if match is not None:
+            if len(self.headers.get_all("Host", [])) == 1:
+                self.headers.replace_header("Host", match[1])
+            self.path = match[2]
 
-    def serve(self) -> None:
-        """Any method of any path."""
-        begun = time.monotonic()
-        self.server.busy.add(self)
+    def is_malformed(self) -> bool:
+        """Whether a header is folded or broken, or holds a control character, such as a
+        bare CR: others may read it otherwise (2.2, 5.1, 5.2)."""
+        is_bad = re.search(rb"\r(?!\n)|\n[ \t]|[^\t\r\n -~\x80-\xff]", self.raw_head)
+        return is_bad is not None or bool(self.headers.defects)
+
+    def handle_request(self) -> None:
+        """Answer any request."""
+        self.server.set_busy(self, True)
         try:
-            self.guard()
+            self.check_access()
             self.route()
         except APIError as error:
-            self.fail(error)
+            self.answer_error(error)
         except RecursionError:
-            self.fail(APIError(400, "The JSON is nested too deeply."))
-        except (Disconnected, OSError):
-            self.status = 499  # nginx's word for a client that left
+            self.answer_error(APIError(400, "The JSON is nested too deeply."))
+        except (DisconnectedError, OSError):
+            self.status = 499  # nginx's status for "client closed request"
             self.close_connection = True
         except Exception as error:  # a bug of ours must not look like a hang-up
-            line = traceback.extract_tb(error.__traceback__)[-1].lineno
-            log(f"internal error: {type(error).__name__}, line {line}")  # no text
-            self.fail(APIError(500, "Internal error of the proxy."))
-        self.server.busy.discard(self)
-        self.log_answer(time.monotonic() - begun)
+            log_exception(error)
+            self.answer_error(APIError(500, "Internal error of the proxy."))
+        finally:
+            self.server.set_busy(self, False)
+        self.log_request_line(time.monotonic() - self.started_at)
         self.skip_body()
 
-    do_GET = do_HEAD = do_POST = do_OPTIONS = serve  # others: see send_error()
-
-    def guard(self) -> None:
-        """All access checks. Raises APIError 400, 401, 403, 503."""
+    def check_access(self) -> None:
+        """All access checks. Raises APIError 400, 401, 403 or 503."""
         if self.is_malformed():
             raise APIError(400, "A header is malformed.")
-        hosts = self.headers.get_all("Host") or []
-        if len(hosts) > 1 or (not hosts and self.request_version != "HTTP/1.0"):
-            raise APIError(400, "A request needs one Host header.")
-        if hosts and not self.is_our_name(hosts[0]):
-            raise forbidden("This server does not answer to this Host; see --host.")
-        origin = self.headers.get("Origin")
-        if origin is not None and not self.is_allowed_origin(origin):
-            raise forbidden("This web origin is not allowed; see --allow-origin.")
-        if origin is None and self.headers.get("Sec-Fetch-Site") == "cross-site":
-            raise forbidden("Web pages of other sites are not allowed.")
-        if self.server.settings.api_key and self.command != "OPTIONS":
-            self.check_key(self.server.settings.api_key)
-        self.backend.refuse_when_stopping()
+        self.check_host()
+        self.check_origin()
+        key = self.server.settings.api_key
+        if key and self.command != "OPTIONS" and not self.asks_for_page():
+            self.check_key(key)
+        self.service.refuse_when_stopping()
+
+    def asks_for_page(self) -> bool:
+        """The page holds no data. It asks its reader for the key of /status."""
+        return normalized_path(self.path) == ""
+
+    def check_host(self) -> None:
+        hosts = self.headers.get_all("Host", [])
+        if len(hosts) > 1:
+            raise APIError(400, "A request must have only one Host header.")
+        if hosts:
+            if not self.is_own_host(hosts[0]):
+                raise forbidden_error(
+                    "The Host header does not name this server; see --allow-host."
+                )
+        elif self.request_version != "HTTP/1.0":
+            raise APIError(400, "A request must have a Host header.")
+
+    def is_own_host(self, host: str) -> bool:
+        """Protection against DNS rebinding, where a foreign name resolves to our
+        address. When listening on all interfaces any name is allowed: a key is required
+        then."""
+        name = host_name(host)
+        bound = self.server.settings.host.lower()
+        if bound in ("0.0.0.0", "::") or name == bound:
+            return True
+        is_allowed = name in self.server.allowed_hosts
+        return is_loopback(name) or name in CONTAINER_HOSTS or is_allowed
+
+    def check_origin(self) -> None:
+        origins = self.headers.get_all("Origin", [])
+        if len(origins) > 1:
+            raise APIError(400, "A request must have only one Origin header.")
+        if origins:
+            if not self.is_allowed_origin(origins[0]):
+                raise forbidden_error(
+                    "This web origin is not allowed; see --allow-origin."
+                )
+        elif self.headers.get("Sec-Fetch-Site") == "cross-site":
+            raise forbidden_error("Web pages of other sites are not allowed.")
+
+    def is_allowed_origin(self, origin: str) -> bool:
+        """Pages of this machine, applications (app://…, vscode-webview://…), and what
+        --allow-origin names; neither "null" nor "file://"."""
+        if origin in self.server.allowed_origins:
+            return True
+        match = re.fullmatch(r"([a-z][a-z0-9+.-]*)://([^/?#@\\]+)", origin.lower())
+        if match is None:
+            return False
+        scheme, authority = match.groups()
+        if scheme in ("http", "https"):
+            return is_loopback(host_name(authority))
+        return scheme not in ("file", "ftp", "ws", "wss")
 
     def check_key(self, key: str) -> None:
         scheme, _, given = self.headers.get("Authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             given = self.headers.get("X-Api-Key", "")
-        given = given.strip().encode("latin-1", "replace")
-        if not hmac.compare_digest(given, key.encode()):
+        # http.server decodes headers as Latin-1; an environment variable may hold bytes
+        # that the locale can't decode.
+        given_bytes = given.strip(" \t").encode("latin-1", "replace")
+        if not hmac.compare_digest(given_bytes, key.encode("utf-8", "surrogateescape")):
             raise APIError(401, "Incorrect API key provided.", "invalid_api_key")
 
-    def is_our_name(self, host: str) -> bool:
-        """Against DNS rebinding, where a foreign name is made to mean our address. On
-        all interfaces the key guards, which is required there."""
-        name = re.sub(r":\d*$", "", host.strip().lower()).strip("[]")
-        bound = self.server.settings.host.lower()
-        return bound in ("0.0.0.0", "::") or is_loopback(name) or name == bound
-
-    def is_allowed_origin(self, origin: str) -> bool:
-        """This machine's pages, applications, and what --allow-origin names."""
-        scheme, _, rest = origin.lower().partition("://")
-        own = is_loopback(re.sub(r":\d*$", "", rest).strip("[]"))
-        # app://…, vscode-webview://…; but not "null" and "file://"
-        is_app = scheme not in ("http", "https") and bool(rest)
-        return own or is_app or origin in self.server.origins
-
     def route(self) -> None:
-        path = urllib.parse.unquote(self.path.split("?")[0]).rstrip("/")
-        path = path[len("/v1") :] if path.startswith("/v1/") else path
-        model = re.fullmatch("/models/(.+)", path)
-        methods, handler = self.ROUTES.get("/models/" if model else path, ("", None))
-        if not handler:
-            message = f"There is no {self.path[:100]} here. Try /v1/chat/completions."
+        path = normalized_path(self.path)
+        model_match = re.fullmatch("/models/(.+)", path)
+        route = ROUTES.get("/models/" if model_match else path)
+        if route is None:
+            message = (
+                f"Unknown URL {self.path.split('?')[0][:100]}. "
+                "Try /v1/chat/completions."
+            )
             raise APIError(404, message, "unknown_url")
         if "websocket" in self.headers.get("Upgrade", "").lower():
-            headers = {"Upgrade": "HTTP/1.1"}  # Codex uses POST then
+            # Codex then falls back to POST.
+            headers = {"Upgrade": "HTTP/1.1"}
             raise APIError(426, "Use POST, not a WebSocket.", headers=headers)
-        if self.command not in methods.split(", "):
-            raise APIError(405, f"Use {methods} here.", headers={"Allow": methods})
+        if self.command not in route.methods:
+            allowed = ", ".join(route.methods)
+            message = f"{self.command} is not allowed here. Use {allowed}."
+            raise APIError(405, message, headers={"Allow": allowed})
         if self.command == "OPTIONS":
-            return self.preflight()
-        handler(self, *(model.groups() if model else ()))
+            self.answer_preflight()
+        elif model_match is not None:
+            self.get_model(model_match[1])
+        else:
+            route.handler(self)
 
-    def preflight(self) -> None:
+    # Endpoints.
+
+    def answer_preflight(self) -> None:
         """CORS (Fetch standard, 3.3): what a browser asks before the request."""
-        asked = self.headers.get("Access-Control-Request-Headers", "*")
-        headers = {"Access-Control-Allow-Methods": "GET, POST"}
-        headers["Access-Control-Allow-Headers"] = re.sub(r"[^\w*, -]", "", asked)
-        headers["Access-Control-Max-Age"] = "600"
-        self.send_json(204, None, headers)
+        requested = self.headers.get("Access-Control-Request-Headers", "*")
+        headers = {
+            "Access-Control-Allow-Methods": "GET, POST",
+            "Access-Control-Allow-Headers": re.sub(r"[^\w*, -]", "", requested),
+            "Access-Control-Max-Age": "600",
+        }
+        self.send_response_bytes(204, headers, b"")
+
+    def get_page(self) -> None:
+        data = PAGE.encode()
+        headers = {
+            "Content-Type": "text/html; charset=utf-8",
+            "Content-Length": str(len(data)),
+            "Content-Security-Policy": page_policy(PAGE),
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+        }
+        self.send_response_bytes(200, headers, data)
+
+    def get_status(self) -> None:
+        self.send_json(200, self.service.status())
 
     def get_health(self) -> None:
-        self.send_json(*self.backend.health())
+        status, body = self.service.health()
+        self.send_json(status, body)
 
     def get_models(self) -> None:
-        self.send_json(200, {"object": "list", "data": [*map(model_of, KNOWN_MODELS)]})
+        models = self.service.context().models.models
+        data = [model.to_json() for model in models]
+        self.send_json(200, {"object": "list", "data": data})
 
-    def get_model(self, model: str) -> None:
-        cli_model(model)
-        self.send_json(200, model_of(model))
+    def get_model(self, name: str) -> None:
+        model = self.service.context().models.find(name)
+        self.send_json(200, {**model.to_json(), "id": name})
 
     def post_chat(self) -> None:
-        self.respond(Reply, parse_chat(self.read_json(), self.backend.memory))
+        self.is_generation = True
+        request = parse_chat(self.read_json(), self.service.context())
+        self.answer_request(request, ChatWriter)
 
     def post_response(self) -> None:
-        memory = self.backend.memory
-        self.respond(ResponseReply, parse_response(self.read_json(), memory))
+        self.is_generation = True
+        request = parse_response(self.read_json(), self.service.context())
+        self.answer_request(request, ResponseWriter)
 
-    def respond(self, kind: Any, ask: Ask) -> None:
-        """`kind`: Reply, or a subclass."""
-        reply = self.reply = kind(ask, os.urandom(12).hex(), int(time.time()))
+    def answer_request(
+        self,
+        request: Request,
+        writer_class: type[ChatWriter] | type[ResponseWriter],
+    ) -> None:
+        """Answer a parsed request, streamed or not."""
+        model = request.prompt.model
+        self.service.plan.check(self.server.settings.plan_limit, model, time.time())
+        generation = Generation(self.service, request, self.client)
+        unique_id = os.urandom(12).hex()
+        writer = writer_class(request, generation.answers, unique_id, time.time)
+        self.generation = generation
+        self.writer = writer
         try:
-            with contextlib.closing(self.backend.deltas(reply, self.reader)) as deltas:
-                if ask.stream:
-                    return self.stream(deltas)
-                for delta in filter(None, deltas):
-                    reply.event(delta)
-            self.send_json(200, reply.completion())
+            with contextlib.closing(generation.events()) as batches:
+                if request.output.stream:
+                    self.stream(batches, writer)
+                    return
+                for batch in batches:
+                    for index, event in batch:
+                        writer.record(index, event)
+            self.send_json(200, writer.body(), self.service.plan.headers())
         finally:
-            self.backend.expect_next_turn(reply)
-
-    ROUTES = {  # the methods that are allowed, and what answers them
-        "/health": ("GET, HEAD, OPTIONS", get_health),
-        "/models": ("GET, HEAD, OPTIONS", get_models),
-        "/models/": ("GET, HEAD, OPTIONS", get_model),
-        "/chat/completions": ("POST, OPTIONS", post_chat),
-        "/responses": ("POST, OPTIONS", post_response),
-    }
+            self.service.finish(generation, writer)
 
     # Reading.
 
@@ -2819,274 +6005,809 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return True
 
     def read_json(self) -> Any:
-        """The request body. Raises APIError 400, 413, 415."""
-        browser = "Origin" in self.headers or "Sec-Fetch-Site" in self.headers
-        if browser and self.headers.get_content_type() != "application/json":
+        """The JSON of the request body. Raises APIError 400, 413 or 415.
+
+        The content type matters only where a browser sent the request: a page of
+        another site can send JSON without a preflight only under another type.
+        """
+        from_browser = "Origin" in self.headers or "Sec-Fetch-Site" in self.headers
+        if from_browser and self.headers.get_content_type() != "application/json":
             raise APIError(415, "Content-Type must be application/json.")
+        codings = self.content_codings()
         raw = self.read_body()
-        self.body_unread = False
-        return parse_json(raw)
+        self.body_is_unread = False
+        for coding in reversed(codings):
+            raw = decompress(raw, coding)
+        return parse_body(raw)
+
+    def content_codings(self) -> list[str]:
+        """The codings of the body, in the order in which they were applied (RFC 9110,
+        8.4). Raises APIError 415."""
+        values = self.headers.get_all("Content-Encoding", [])
+        codings = []
+        for name in ",".join(values).split(","):
+            coding = name.strip().lower()
+            if coding in ("", "identity"):
+                continue
+            if coding not in CONTENT_CODINGS:
+                message = (
+                    f"Content-Encoding '{coding[:50]}' is not supported. "
+                    "Use gzip, deflate or none."
+                )
+                headers = {"Accept-Encoding": "gzip, deflate"}
+                raise APIError(415, message, headers=headers)
+            codings.append(coding)
+        return codings
 
     def read_body(self) -> bytes:
-        """By Content-Length or chunked (RFC 9112, 6 and 7.1), never both."""
-        lengths = self.headers.get_all("Content-Length") or []
-        codings = self.headers.get_all("Transfer-Encoding") or []
-        chunked = [coding.strip().lower() for coding in codings] == ["chunked"]
-        length = lengths[0].strip() if lengths else "0"
-        if len(lengths) + len(codings) > 1 or bool(codings) is not chunked:
-            raise APIError(400, "The length of the request body is ambiguous.")
+        """By Content-Length or chunked (RFC 9112, 6 and 7.1), never both. Raises
+        APIError 400 or 413, and DisconnectedError."""
+        lengths = self.headers.get_all("Content-Length", [])
+        codings = self.headers.get_all("Transfer-Encoding", [])
+        if len(lengths) + len(codings) > 1:
+            raise ambiguous_length_error()
+        if codings and codings[0].strip(" \t").lower() != "chunked":
+            raise ambiguous_length_error()
+        length = lengths[0].strip(" \t") if lengths else "0"
         if not re.fullmatch(r"[0-9]{1,18}", length):
             raise APIError(400, "Content-Length must be a number.")
-        if int(length) > MAX_BODY:
-            raise too_large()
-        expects = self.headers.get("Expect", "").strip().lower() == "100-continue"
-        if expects and self.request_version != "HTTP/1.0":
-            self.send(GO_ON)
-        self.reader.deadline = time.monotonic() + REQUEST_SECONDS
-        raw = self.read_chunked() if chunked else self.rfile.read(int(length))
+        if int(length) > MAX_BODY_BYTES:
+            raise too_large_error()
+        expectation = self.headers.get("Expect", "").strip().lower()
+        if expectation == "100-continue" and self.request_version != "HTTP/1.0":
+            self.client.send(CONTINUE_RESPONSE)
+        self.client.deadline = time.monotonic() + REQUEST_SECONDS
+        if codings:
+            return self.read_chunked()
+        raw = self.rfile.read(int(length))
         if len(raw) < int(length):
-            raise Disconnected
+            raise DisconnectedError
         return raw
 
     def read_chunked(self) -> bytes:
-        malformed = APIError(400, "The chunked request body is malformed.")
-        body, count = bytearray(), -1
-        while count:
+        body = bytearray()
+        while True:
             line = self.rfile.readline(1024)
             size = re.match(rb"([0-9a-fA-F]{1,8})[ \t]*(;.*)?\r?\n", line)
-            if not size:
-                raise malformed
+            if size is None:
+                raise malformed_chunks_error()
             count = int(size[1], 16)
-            if len(body) + count > MAX_BODY:
-                raise too_large()
+            if len(body) + count > MAX_BODY_BYTES:
+                raise too_large_error()
+            if count == 0:
+                break
             body += self.rfile.read(count)
-            if count and self.rfile.readline(2) not in (b"\r\n", b"\n"):
-                raise malformed
+            if self.rfile.readline(2) not in (b"\r\n", b"\n"):
+                raise malformed_chunks_error()
         while self.rfile.readline(1 << 16) not in (b"\r\n", b"\n", b""):
             pass  # trailers
         return bytes(body)
 
     def skip_body(self) -> None:
-        """A reset would take an early answer from the client: read what it still sends
-        for a moment, then hang up."""
-        if self.body_unread:
+        """Closing with unread data sends a reset, which can destroy our answer. So read
+        for two seconds, then close."""
+        if self.body_is_unread:
             self.close_connection = True
             with contextlib.suppress(OSError):
                 self.connection.shutdown(socket.SHUT_WR)
-                self.reader.deadline = time.monotonic() + 2
+                self.client.deadline = time.monotonic() + 2
                 while "Expect" not in self.headers and self.rfile.read1(1 << 16):
                     pass
 
     # Writing.
 
-    def send_json(self, status: int, body: Any, headers: Optional[Json] = None) -> None:
-        data = b"" if body is None else json.dumps(body).encode() + b"\n"
-        about = {"Content-Type": "application/json", "Content-Length": str(len(data))}
-        about = {} if body is None else about  # a 204 has no length (RFC 9110, 8.6)
-        head = self.head(status, {**about, **(headers or {})})
-        self.send(head + (b"" if self.command == "HEAD" else data))
+    def send_json(
+        self, status: int, body: Any, headers: dict[str, str] | None = None
+    ) -> None:
+        data = json.dumps(body).encode() + b"\n"
+        all_headers = {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(data)),
+        }
+        if headers is not None:
+            all_headers.update(headers)
+        self.send_response_bytes(status, all_headers, data)
 
-    def head(self, status: int, headers: Json) -> bytes:
-        """Status line and headers, to be sent in one piece with what follows."""
+    def send_response_bytes(
+        self, status: int, headers: dict[str, str], data: bytes
+    ) -> None:
+        """Send a whole response in one piece."""
+        if self.command == "HEAD":
+            data = b""
+        self.client.send(self.format_head(status, headers) + data)
+
+    def format_head(self, status: int, headers: dict[str, str]) -> bytes:
+        """Status line and headers. They are sent together with what follows."""
         self.status = status
-        common = {"Date": self.date_time_string(), "Vary": "Origin"}
-        origin = self.headers.get("Origin") if self.headers else None
+        all_headers = {"Date": self.date_time_string(), "Vary": "Origin"}
+        origin = self.headers.get("Origin")
         if origin is not None and self.is_allowed_origin(origin):
-            common["Access-Control-Allow-Origin"] = origin
-        if self.close_connection or self.body_unread:
-            common["Connection"] = "close"
+            all_headers["Access-Control-Allow-Origin"] = origin
+        if self.close_connection or self.body_is_unread:
+            all_headers["Connection"] = "close"
+        all_headers.update(headers)
         lines = [f"{self.protocol_version} {status} {self.responses[status][0]}"]
-        lines += [f"{name}: {text}" for name, text in {**common, **headers}.items()]
+        lines += [f"{name}: {value}" for name, value in all_headers.items()]
         return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace")
 
-    def send(self, data: bytes) -> None:
-        self.connection.settimeout(WRITE_SECONDS)
-        self.connection.sendall(data)
-
-    def stream(self, deltas: Iterator[Optional[Delta]]) -> None:
-        """Send events. The status line waits for the first one: a failure before it has
-        a status of its own. In silence an event that changes nothing is sent. (A
-        comment would not reset the watchdogs of some clients.)"""
-        reply, spoke = self.reply, time.monotonic()
+    def stream(
+        self, batches: Iterator[list[tuple[int, Event]]], writer: Writer
+    ) -> None:
+        """Send the events. The status line is sent with the first one, so that an
+        earlier failure can still have its own status."""
+        last_sent = time.monotonic()
         try:
-            for delta in deltas:
-                silent = time.monotonic() > spoke + ALIVE_SECONDS
-                text = reply.event(delta) if delta else reply.alive() if silent else ""
-                if text:
-                    self.event(text)
-                    spoke = time.monotonic()
-            text = reply.end()
+            for batch in batches:
+                for index, event in batch:
+                    text = writer.write(index, event)
+                    if text:
+                        self.send_event(text)
+                        last_sent = time.monotonic()
+                if time.monotonic() > last_sent + KEEPALIVE_SECONDS:
+                    self.send_event(writer.keep_alive())
+                    last_sent = time.monotonic()
+            text = writer.end()
         except APIError as error:
             if not self.status:
                 raise
-            self.status, text = error.status, reply.fail(error)
-        self.event(text, b"0\r\n\r\n")
+            text = writer.error(error)
+            self.send_event(text, is_last=True)
+            self.status = error.status
+            return
+        self.send_event(text, is_last=True)
 
-    def event(self, text: str, end: bytes = b"") -> None:
-        """Send an event, the first one with the head; `end` is the last chunk."""
-        head, data = b"", text.encode()
-        chunked = self.request_version != "HTTP/1.0"
+    def send_event(self, text: str, is_last: bool = False) -> None:
+        """Send events of a stream, the first ones with the head."""
+        head = b""
+        data = text.encode()
+        is_chunked = self.request_version != "HTTP/1.0"
         if not self.status:
-            headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
-            headers.update({"Transfer-Encoding": "chunked"} if chunked else {})
-            head = self.head(200, headers)
-        if chunked:
-            data = b"%x\r\n%b\r\n%b" % (len(data), data, end)
-        self.send(head + data)
+            head = self.format_head(200, self.stream_headers(is_chunked))
+            if is_chunked:
+                self.client.ignored_bytes = format_chunk(b":\n\n")  # a comment
+            else:
+                self.client.ignored_bytes = b":\n\n"
+        if is_chunked:
+            data = format_chunk(data)
+            if is_last:
+                data += b"0\r\n\r\n"
+        self.client.send(head + data)
 
-    def poke(self) -> None:
-        """Write what means nothing: an interim response (RFC 9110, 15.2), or a comment
-        in a stream. Raises OSError if nobody is there, or neither is allowed."""
+    def stream_headers(self, is_chunked: bool) -> dict[str, str]:
+        headers = {
+            "Content-Type": "text/event-stream",
+            "Cache-Control": "no-cache",
+            "X-Accel-Buffering": "no",  # nginx would hold the events back
+        }
+        if is_chunked:
+            headers["Transfer-Encoding"] = "chunked"
+        headers.update(self.service.plan.headers())
+        return headers
+
+    def answer_error(self, error: APIError) -> None:
+        """Answer with an error. If headers are sent already, just close."""
         if self.status:
-            self.event(":\n\n")
-        elif self.request_version == "HTTP/1.0":
-            raise OSError
-        else:
-            self.send(GO_ON)
-
-    def fail(self, error: APIError) -> None:
-        """Answer with an error."""
-        if self.status:  # a bug of ours; a second head would be part of the answer
             self.close_connection = True
             return
         with contextlib.suppress(OSError):
-            self.send_json(error.status, {"error": error.error}, error.headers)
+            self.send_json(error.status, {"error": error.to_json()}, error.headers)
 
-    def send_error(self, code: int, message: Any = None, explain: Any = None) -> None:
+    def send_error(
+        self, code: int, message: str | None = None, explain: str | None = None
+    ) -> None:
         """http.server's own complaints about a malformed request, in our shape."""
-        if code == 501:  # there is no do_METHOD; route() knows what is allowed
-            return self.serve()
         self.close_connection = True
-        self.fail(APIError(int(code), str(message or self.responses[code][0])[:200]))
-        self.log_answer(0.0)
+        text = str(message or self.responses[code][0])
+        self.answer_error(APIError(int(code), text[:200]))
+        self.log_request_line(0.0)
 
-    def log_answer(self, seconds: float) -> None:
+    # Logging.
+
+    def log_request_line(self, seconds: float) -> None:
         """Time, status, method, path; then what is known, as name=value."""
-        path = printable(getattr(self, "path", "?").split("?")[0])[:80]
-        words = [str(self.status), self.command or "?", path]
-        for name, value in self.reply.notes().items() if self.reply else ():
-            words.append(f"{name}={value}")
-        log(" ".join([*words, f"total={seconds:.3f}"]))
+        record = self.request_record(seconds)
+        path = ascii_only(record["endpoint"])
+        fields = [str(self.status), self.command or "?", path]
+        if self.generation is not None:
+            fields += self.generation_fields(record)
+        if self.is_generation:
+            self.service.history.add(record)
+        log(" ".join([*fields, f"total={seconds:.3f}"]))
 
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: log_answer() writes one line for each request."""
+    def generation_fields(self, record: Json) -> list[str]:
+        fields = [f"model={ascii_only(record['model'])[:60]}"]
+        if record["first_token_seconds"] is not None:
+            fields.append(f"first={record['first_token_seconds']:.3f}")
+        if record["output_tokens"] is not None:
+            fields.append(f"in={record['input_tokens']}")
+            fields.append(f"cached={record['cached_tokens']}")
+            fields.append(f"out={record['output_tokens']}")
+        if self.generation is not None:
+            ignored = self.generation.request.output.ignored_kinds
+            if ignored:
+                names = ",".join(sorted(ascii_only(kind)[:40] for kind in ignored))
+                fields.append(f"ignored={names[:200]}")
+        plan = self.service.plan.used_percentages()
+        if plan:
+            fields.append(f"plan={plan}")
+        return fields
+
+    def request_record(self, seconds: float) -> Json:
+        """What the log and the page show of a request. Unknown values are None."""
+        record: Json = {
+            "time": time.time(),
+            "endpoint": (self.path.split("?")[0] or "?")[:80],
+            "model": None,
+            "status": self.status,
+            "first_token_seconds": None,
+            "total_seconds": round(seconds, 3),
+            "input_tokens": None,
+            "cached_tokens": None,
+            "output_tokens": None,
+        }
+        if self.generation is not None and self.writer is not None:
+            record["model"] = self.writer.model[:100]
+            record["first_token_seconds"] = self.generation.first_token_seconds
+            if self.generation.is_complete():
+                counts = count_tokens(self.generation.answers)
+                record["input_tokens"] = counts.input
+                record["cached_tokens"] = counts.cached
+                record["output_tokens"] = counts.output
+        return record
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  (inherited)
+        """Nothing: log_request_line() writes one line for each request."""
 
 
-def model_of(name: str) -> Json:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "anthropic"}
+class Route(NamedTuple):
+    """The methods that are allowed for a path, and what answers them."""
+
+    methods: tuple[str, ...]
+    handler: Callable[[Handler], None]
 
 
-def forbidden(message: str) -> APIError:
+READ_METHODS = ("GET", "HEAD", "OPTIONS")
+WRITE_METHODS = ("POST", "OPTIONS")
+ROUTES = {  # the paths are without /v1
+    "": Route(READ_METHODS, Handler.get_page),
+    "/status": Route(READ_METHODS, Handler.get_status),
+    "/health": Route(READ_METHODS, Handler.get_health),
+    "/models": Route(READ_METHODS, Handler.get_models),
+    "/models/": Route(READ_METHODS, Handler.get_models),  # see Handler.get_model()
+    "/chat/completions": Route(WRITE_METHODS, Handler.post_chat),
+    "/responses": Route(WRITE_METHODS, Handler.post_response),
+}
+# How containers of Docker and Podman call the machine they run on. Nobody can register
+# a name in .internal (ICANN, 2024).
+CONTAINER_HOSTS = ("host.docker.internal", "host.containers.internal")
+CONTENT_CODINGS = {"gzip": 31, "x-gzip": 31, "deflate": 47}  # zlib's wbits
+
+
+def normalized_path(url: str) -> str:
+    """The path of a URL without /v1, as people configure it: with a slash too many, or
+    with /v1 twice."""
+    path = urllib.parse.unquote(url.split("?")[0])
+    path = re.sub("/+", "/", path).rstrip("/")
+    return re.sub("^(/v1)+(?=/)", "", path)
+
+
+def host_name(authority: str) -> str:
+    """The host of "host:port", in lower case, without the brackets of IPv6."""
+    return re.sub(r":\d*$", "", authority.strip().lower()).strip("[]")
+
+
+def format_chunk(data: bytes) -> bytes:
+    """A chunk of a chunked body (RFC 9112, 7.1)."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def decompress(data: bytes, coding: str) -> bytes:
+    """Undo a content coding. Raises APIError 400 or 413."""
+    decompressor = zlib.decompressobj(CONTENT_CODINGS[coding])
+    try:
+        result = decompressor.decompress(data, MAX_BODY_BYTES + 1)
+    except zlib.error:
+        raise APIError(400, f"The request body is not valid {coding}.") from None
+    if len(result) > MAX_BODY_BYTES:
+        raise too_large_error()
+    if not decompressor.eof:
+        raise APIError(400, f"The request body is not valid {coding}.")
+    return result
+
+
+def forbidden_error(message: str) -> APIError:
     return APIError(403, message, "origin_not_allowed")
 
 
-def too_large() -> APIError:
-    return APIError(413, f"The body exceeds {MAX_BODY >> 20} MiB.", "request_too_large")
+def too_large_error() -> APIError:
+    message = f"The request body exceeds {MAX_BODY_BYTES >> 20} MiB."
+    return APIError(413, message, "request_too_large")
 
 
-# ── Main ───────────────────────────────────────────────────────────────────────────
+def ambiguous_length_error() -> APIError:
+    return APIError(400, "The length of the request body is ambiguous.")
 
 
-def findings(installation: Installation) -> Iterator[Tuple[str, str]]:
-    """What is right or wrong with this machine: ("ok", "problem" or "note", text)."""
-    program, problem = installation.look()
-    if program:
-        yield "ok", f"Claude Code {dotted(program.version)} at {program.path}"
-    yield ("problem", problem) if problem else ("ok", "logged in")
-    try:
-        tempfile.gettempdir()
-    except OSError:
-        yield "problem", "There is no usable directory for temporary files: set TMPDIR."
-    billed = ", ".join(name for name in BILLED if os.environ.get(name))
-    if billed:
-        yield "note", f"{billed} is kept from Claude Code: it would bill by the token."
+def malformed_chunks_error() -> APIError:
+    return APIError(400, "The chunked request body is malformed.")
+
+
+# ── Main ─────────────────────────────────────────────────────────────────────────
+
+
+class Finding(NamedTuple):
+    """One line of --check. `kind` is ok, problem or note."""
+
+    kind: str
+    text: str
+
+
+def check_installation(service: Service) -> list[Finding]:
+    """What is right or wrong with this machine. Takes seconds: the CLI is asked."""
+    findings = []
+    binary, problem = service.check()
+    if binary is not None:
+        version = version_text(binary.version)
+        findings.append(Finding("ok", f"Claude Code {version} at {binary.path}"))
+    if problem:
+        findings.append(Finding("problem", problem))
+    else:
+        login = service.installation.known_login()
+        names = [name for name in (login.method, login.tier or login.plan) if name]
+        details = f" ({', '.join(names)})" if names else ""
+        findings.append(Finding("ok", f"logged in{details}"))
+    billing = [name for name in BILLING_VARIABLES if os.environ.get(name)]
+    if billing:
+        text = (
+            f"{', '.join(billing)} is set, but is not passed to Claude Code: with it, "
+            "usage would be billed per token."
+        )
+        findings.append(Finding("note", text))
+    return findings
 
 
 def bind_problem(settings: Settings, error: OSError) -> str:
-    where = f"{settings.host}:{settings.port} ({error.strerror or error})"
-    return f"can't listen on {where}: choose another --port, or stop what listens there"
+    address = f"{settings.host}:{settings.port}"
+    reason = error.strerror or str(error)
+    return (
+        f"can't listen on {address} ({reason}): choose another --port, or stop what "
+        "listens there"
+    )
 
 
-def check_port(settings: Settings) -> Tuple[str, str]:
-    """A finding. This server may have the port already."""
+def check_port(settings: Settings) -> Finding:
+    """Whether the server could listen. It may be running already."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
-        with socket.create_server((settings.host, settings.port)):
-            return "ok", f"port {settings.port} is free"
+        with socket.create_server((settings.host, settings.port), family=family):
+            return Finding("ok", f"port {settings.port} is free")
     except OSError as error:
         problem = bind_problem(settings, error)
-    client = http.client.HTTPConnection(settings.host, settings.port, PROBE_SECONDS)
-    with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
-        client.request("GET", "/health", headers={"X-Api-Key": settings.api_key})
-        if "spares" in json.load(client.getresponse()):
-            return "ok", f"claude_max_proxy serves on port {settings.port} already"
-    return "problem", problem
+    health = running_server_health(settings)
+    if health is None:
+        return Finding("problem", problem)
+    text = f"claude_max_proxy is already running on port {settings.port}"
+    plan = plan_text(health.get("plan"))
+    if plan:
+        text = f"{text}; {plan}"
+    return Finding("ok", text)
+
+
+def running_server_health(settings: Settings) -> Json | None:
+    """/health of a server that listens there, if it is one of ours."""
+    connection = http.client.HTTPConnection(
+        settings.host, settings.port, timeout=CLI_COMMAND_SECONDS
+    )
+    headers = {"X-Api-Key": settings.api_key.encode("utf-8", "surrogateescape")}
+    with contextlib.closing(connection):
+        try:
+            connection.request("GET", "/health", headers=headers)
+            body = json.load(connection.getresponse())
+        except (OSError, http.client.HTTPException, ValueError):
+            return None
+    return body if type(body) is dict and "spares" in body else None
+
+
+def plan_text(plan: Any) -> str:
+    """What is used of the plan, in words; empty if nothing is known."""
+    if type(plan) is not dict or type(plan.get("windows")) is not dict:
+        return ""
+    texts = []
+    for name, window in plan["windows"].items():
+        if window["used"] is not None:
+            window_text = WINDOW_NAMES.get(name, name.replace("_", " "))
+            text = f"{window['used']:.0%} of the {window_text} limit used"
+            if window["resets_at"] is not None:
+                reset = time.strftime("%a %H:%M", time.localtime(window["resets_at"]))
+                text = f"{text} until {reset}"
+            texts.append(text)
+    if plan.get("extra_usage"):
+        texts.append("extra usage is being drawn on, and billed")
+    return ", ".join(texts)
 
 
 def run_checks(settings: Settings) -> int:
-    """--check: a line for each thing that must be right -> the exit code."""
-    found = [("ok", f"Python {sys.version.split()[0]}")]
-    found += [*findings(Installation(settings.claude)), check_port(settings)]
-    for kind, text in found:
-        print(f"{kind:8} {text}")
-    return int(any(kind == "problem" for kind, _ in found))
+    """--check: print a line for each thing that must be right -> the exit code."""
+    service = Service(dataclasses.replace(settings, spares=0))
+    findings = [Finding("ok", f"Python {sys.version.split()[0]}")]
+    findings += check_installation(service)
+    findings.append(check_port(settings))
+    end = time.monotonic() + MODELS_SECONDS
+    while service.installation.login_key() is not None and time.monotonic() < end:
+        service.manage_processes()
+        if service.knows_models():
+            findings.append(Finding("ok", models_text(service)))
+            break
+    service.close(no_request)
+    for finding in findings:
+        print(f"{finding.kind:8} {finding.text}")
+    return int(any(finding.kind == "problem" for finding in findings))
+
+
+def models_text(service: Service) -> str:
+    models = service.context().models.models
+    return "models: " + ", ".join(model.id for model in models)
+
+
+def print_banner(settings: Settings, port: int, findings: list[Finding]) -> None:
+    """Where the server is, what was found, what to try: once, on stderr."""
+    host = "localhost" if is_loopback(settings.host) else settings.host
+    url = f"http://{host}:{port}/v1"
+    key = ' -H "Authorization: Bearer $KEY"' if settings.api_key else ""
+    body = '{"model":"sonnet","messages":[{"role":"user","content":"Hello!"}]}'
+    lines = [f"claude_max_proxy {__version__} is listening on {url}"]
+    for finding in findings:
+        is_ok = finding.kind == "ok"
+        lines.append(finding.text if is_ok else f"{finding.kind}: {finding.text}")
+    lines.append(f"status page: {url[: -len('/v1')]}/")
+    lines.append(f"try: curl {url}/chat/completions{key} -d '{body}'")
+    print_to_stderr("\n".join(lines))
 
 
 def announce(server: Server) -> None:
-    """Where it is, what was found, what to try: once, on stderr."""
-    settings = server.settings
-    host = "localhost" if is_loopback(settings.host) else settings.host
-    url = f"http://{host}:{server.server_port}/v1"
-    found = list(findings(server.backend.installation))
-    server.backend.keeper.filling = ("ok", "logged in") in found
-    key = ' -H "Authorization: Bearer $KEY"' if settings.api_key else ""
-    body = '{"model":"sonnet","messages":[{"role":"user","content":"Hello!"}]}'
-    lines = [f"claude_max_proxy {__version__} serves {url}"]
-    lines += [text if kind == "ok" else f"{kind}: {text}" for kind, text in found]
-    lines += ["models: " + ", ".join(KNOWN_MODELS)]
-    lines += [f"try: curl {url}/chat/completions{key} -d '{body}'"]
-    with contextlib.suppress(OSError):
-        print(*lines, sep="\n", file=sys.stderr, flush=True)
+    """Check the installation, print the banner, and start the spares. This runs in a
+    thread of its own, because a CLI that hangs must not keep requests waiting."""
+    try:
+        findings = check_installation(server.service)
+        print_banner(server.settings, server.server_port, findings)
+        if all(finding.kind != "problem" for finding in findings):
+            server.service.pool.request_refill()
+            end = time.monotonic() + MODELS_SECONDS
+            while not server.service.knows_models() and time.monotonic() < end:
+                time.sleep(0.05)
+        print_to_stderr(models_text(server.service))
+    except Exception as error:
+        log_exception(error)
+
+
+def raise_descriptor_limit() -> None:
+    """macOS allows 256 open files; each answer needs a few."""
+    with contextlib.suppress(ValueError, OSError):
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        limit = 8192
+        if hard != resource.RLIM_INFINITY:
+            limit = min(limit, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
+
+
+def handle_signals(service: Service) -> None:
+    """SIGTERM, SIGINT and SIGHUP stop the server; a second one stops it at once."""
+
+    def stop(signal_number: int, frame: FrameType | None) -> None:
+        if service.is_stopping:
+            service.pool.stop_all(signal.SIGKILL)
+            service.pool.close()
+            os._exit(1)
+        service.is_stopping = True
+        service.pool.wake()
+
+    for signal_number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(signal_number) is not signal.SIG_IGN:
+            # nohup ignores SIGHUP; leave that alone.
+            signal.signal(signal_number, stop)
 
 
 def main() -> int:
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # it was closed: no log
-    if sys.version_info < (3, 9):  # 3.7 can read this file, but not run it
-        sys.exit(f"claude_max_proxy: Python 3.9 is needed, not {sys.version[:6]}.")
-    settings, check_only = parse_arguments(sys.argv[1:])
-    if check_only:
+    if sys.stderr is None:  # it was closed: no log
+        sys.stderr = open(os.devnull, "w")
+    settings, only_check = parse_options(sys.argv[1:])
+    if only_check:
         return run_checks(settings)
-    with contextlib.suppress(ValueError, OSError):  # macOS gives 256 descriptors
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        most = 8192 if hard == resource.RLIM_INFINITY else min(8192, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+    raise_descriptor_limit()
     try:
         server = Server(settings)
     except OSError as error:
-        print(f"claude_max_proxy: {bind_problem(settings, error)}", file=sys.stderr)
+        print_to_stderr(f"claude_max_proxy: {bind_problem(settings, error)}")
         return 2
-    backend, keeper, running = server.backend, server.backend.keeper, False
-
-    def stop(number: int, frame: Any) -> None:
-        if backend.stopping:  # the second signal: at once
-            keeper.stop_all(signal.SIGKILL)
-            keeper.close()
-            os._exit(1)
-        backend.stopping = True
-        keeper.wake()
-        if not running:
-            raise SystemExit  # and end the CLI that announce() runs
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
-            signal.signal(number, stop)
+    remove_stale_directories()
+    handle_signals(server.service)
+    threading.Thread(target=announce, args=[server], daemon=True).start()
     try:
-        announce(server)
-        running = True
         server.run()
     finally:
         server.drain()
     return 0
 
+
+# ── Page ─────────────────────────────────────────────────────────────────────────
+
+
+def page_policy(page: str) -> str:
+    """Return the Content-Security-Policy that allows only the page's own parts."""
+    hashes = {}
+    for tag in ("style", "script"):
+        content = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        digest = hashlib.sha256(content.encode()).digest()
+        hashes[tag] = f"'sha256-{base64.b64encode(digest).decode()}'"
+    return (
+        f"default-src 'none'; script-src {hashes['script']}; "
+        f"style-src {hashes['style']}; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+# What GET / answers with. The page asks GET /status every five seconds while it is
+# visible. What it is told it shows as text, never as markup: a model may have any name.
+PAGE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>claude_max_proxy</title>
+<style>
+:root { color-scheme: light dark }
+body { max-width: 72rem; margin: auto; padding: 1rem }
+body, button, input { font: 1rem/1.5 system-ui, sans-serif }
+main { display: grid; gap: 0 2.5rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)) }
+section { min-width: 0; overflow-wrap: anywhere }
+section.wide { grid-column: 1 / -1 }
+#state { font-weight: bold }
+h2 { margin: 1.5rem 0 .5rem; font-size: 1.2rem; border-bottom: 1px solid #8888 }
+p, dl, dd { margin: .25rem 0 }
+dl { display: grid; grid-template-columns: 8rem 1fr; align-items: baseline }
+.ok, .allowed { color: light-dark(#1a7f37, #57ab5a) }
+.warning, .allowed_warning { color: light-dark(#9a6700, #d29922) }
+.error, .rejected { color: light-dark(#c62828, #ff7b72) }
+.stale { filter: grayscale(1) }
+.bar { width: 100%; height: .75rem; background: #8884; fill: currentColor }
+.chart { width: 100%; height: 12rem; font-size: .8rem; fill: currentColor }
+.swatch { width: .8rem; height: .8rem; margin-right: .5rem }
+line { stroke: CanvasText; stroke-width: 2 }
+.scroll { overflow: auto; max-height: 24rem; white-space: nowrap }
+caption, th, td { padding-right: 1rem; text-align: left; vertical-align: top }
+#hours tr > :nth-child(n + 3), #requests tr > :nth-child(n + 4) { text-align: right }
+[hidden] { display: none }
+</style>
+<header>
+  <h1>claude_max_proxy</h1>
+  <noscript>This page needs JavaScript to ask the server for its status.</noscript>
+  <div id="state" role="status"></div>
+  <form hidden>
+    <label for="key">API key:</label>
+    <input id="key" type="password" autocomplete="off" pattern="[ -~]+" required>
+    <button>Show the status</button>
+  </form>
+</header>
+<main hidden>
+  <section><h2>Plan</h2><div id="plan"></div></section>
+  <section><h2>Server</h2><div id="server"></div></section>
+  <section><h2>Connect a client</h2><div id="client"></div>
+    <p id="copied" role="status"></p></section>
+  <section><h2>Models</h2><div id="models"></div></section>
+  <section class="wide"><h2>Tokens of the last 24 hours</h2><div id="chart"></div>
+    <details><summary>As a table</summary>
+      <div id="hours" class="scroll" tabindex="0" role="region" aria-label="Tokens">
+      </div></details></section>
+  <section class="wide"><h2>Requests</h2>
+    <div id="requests" class="scroll" tabindex="0" role="region" aria-label="Requests">
+    </div></section>
+</main>
+<script>
+"use strict";
+const COLOURS = ["#3b7dd8", "#d9730d", "#2e9e5b", "#c2559d", "#1f9aa8", "#8b6fd6"];
+const WINDOWS = { five_hour: "5-hour window", seven_day: "Week" };
+const USAGE = { input_tokens: "Input", cached_tokens: "Cached",
+  output_tokens: "Output" };
+const HOURS = { start: "Hour", model: "Model", requests: "Requests", ...USAGE };
+const REQUESTS = { time: "Time", endpoint: "Endpoint", model: "Model", status: "Status",
+  first_token_seconds: "First token (s)", total_seconds: "Total (s)", ...USAGE };
+const HOUR = { hour: "2-digit", minute: "2-digit" };
+const MINUTE = { weekday: "short", month: "short", day: "numeric", ...HOUR };
+const SECOND = { month: "short", day: "numeric", second: "2-digit", ...HOUR };
+const UNKNOWN = "not known yet";
+const main = document.querySelector("main");
+const form = document.querySelector("form");
+let key = sessionStorage.getItem("key");
+let lastTold = "";
+
+function element(tag, attributes, ...children) {
+  const isSVG = ["svg", "rect", "line", "text", "title"].includes(tag);
+  const namespace = `http://www.w3.org/${isSVG ? "2000/svg" : "1999/xhtml"}`;
+  const node = document.createElementNS(namespace, tag);
+  for (const name in attributes) node.setAttribute(name, attributes[name]);
+  node.append(...children); // a string becomes a text node
+  return node;
+}
+
+function update(id, ...children) {
+  const part = document.getElementById(id);
+  const fresh = part.cloneNode();
+  fresh.append(...children);
+  // What has not changed stays, and with it focus and selection.
+  if (!fresh.isEqualNode(part)) part.replaceChildren(...fresh.childNodes);
+}
+
+function facts(values) {
+  const pairs = Object.entries(values).map(([name, value]) =>
+    [element("dt", {}, name), element("dd", {}, value ?? UNKNOWN)]);
+  return element("dl", {}, ...pairs.flat());
+}
+
+function table(caption, columns, rows) {
+  const heads = Object.values(columns).map((text) =>
+    element("th", { scope: "col" }, text));
+  const body = rows.map((row) => {
+    const cells = Object.keys(columns).map((name) =>
+      element("td", {}, row[name]?.toLocaleString() ?? "–"));
+    return element("tr", { class: row.status >= 400 ? "error" : "" }, ...cells);
+  });
+  return element("table", {},
+    element("caption", {}, rows.length > 0 ? caption : "None yet"),
+    element("thead", {}, element("tr", {}, ...heads)),
+    element("tbody", {}, ...body));
+}
+
+function when(seconds, style) {
+  return seconds && new Date(1000 * seconds).toLocaleString([], style);
+}
+
+function planWindow(name, { used, resets_at, status }, limit, now) {
+  const title = WINDOWS[name] ?? name.replaceAll("_", " ");
+  const ended = resets_at !== null && resets_at <= now;
+  const known = used !== null && !ended;
+  const percent = known ? Math.round(100 * used) : 0;
+  const stopped = known && limit > 0 && 100 * used >= limit;
+  let text = known ? `${percent}% used` : UNKNOWN;
+  if (stopped) text += ", requests are stopped";
+  if (resets_at) text += `, reset: ${when(resets_at, MINUTE)}`;
+  const bar = element("svg", { class: `bar ${stopped ? "rejected" : status}`,
+    role: "meter", "aria-label": title, "aria-valuenow": Math.min(percent, 100),
+    "aria-valuetext": text });
+  bar.append(element("rect", { width: `${percent}%`, height: "100%" }));
+  if (limit > 0 && limit < 100) {
+    bar.append(element("line", { x1: `${limit}%`, x2: `${limit}%`, y2: "100%" }));
+  }
+  return [element("p", {}, `${title}: ${text}`), bar];
+}
+
+function showPlan(plan, now) {
+  const limit = plan.limit_percent;
+  const bars = Object.entries(plan.windows).map(([name, told]) =>
+    planWindow(name, told, limit, now));
+  update("plan", ...bars.flat(), facts({
+    "Plan": (plan.tier ?? plan.type)?.replaceAll("_", " "),
+    "Limits as of": when(plan.updated_at, MINUTE),
+    "Requests stop": limit > 0 ? `at ${limit}% of a window` : "never: more is billed",
+    "Extra usage": { true: "in use", false: "not in use" }[plan.extra_usage],
+  }));
+}
+
+function showTokens(hours, now) {
+  const tokens = (row) => row.input_tokens + row.output_tokens;
+  const sum = (column, value) => hours.filter((row) => row[column] === value)
+    .reduce((total, row) => total + tokens(row), 0);
+  const models = [...new Set(hours.map((row) => row.model))].sort();
+  const colour = (model) => COLOURS[models.indexOf(model) % COLOURS.length];
+  const highest = Math.max(0, ...hours.map((row) => sum("start", row.start)));
+  const label = `Most in an hour: ${highest.toLocaleString()} tokens`;
+  const chart = element("svg", { class: "chart", role: "img",
+    "aria-label": `Tokens by hour and model. ${label}` },
+    element("text", { y: "1em" }, label),
+    element("line", { x2: "100%", y1: "90%", y2: "90%" }));
+  const first = now - (now % 3600) - 23 * 3600;
+  const x = (start) => `${(100 * (start - first)) / (24 * 3600)}%`;
+  const tops = {}; // of each hour's bar so far, in percent from above
+  for (const row of hours.filter((row) => tokens(row) > 0)) {
+    const height = (80 * tokens(row)) / highest;
+    tops[row.start] = (tops[row.start] ?? 90) - height;
+    const text = `${row.model}: ${tokens(row).toLocaleString()} tokens`;
+    chart.append(element("rect", { x: x(row.start), y: `${tops[row.start]}%`,
+      width: "3.5%", height: `${height}%`, fill: colour(row.model) },
+      element("title", {}, text)));
+  }
+  for (let start = first; start < now; start += 6 * 3600) {
+    chart.append(element("text", { x: x(start), y: "99%" }, when(start, HOUR)));
+  }
+  const legend = models.map((model) => element("div", {},
+    element("svg", { class: "swatch", "aria-hidden": "true" },
+      element("rect", { width: "100%", height: "100%", fill: colour(model) })),
+    `${model}: ${sum("model", model).toLocaleString()} tokens`));
+  update("chart", chart, ...legend);
+  const rows = hours.map((row) => ({ ...row, start: when(row.start, MINUTE) }));
+  update("hours", table("Tokens by hour and model", HOURS, rows));
+}
+
+function copyable(text) {
+  const attributes = { value: text, "aria-label": `Copy ${text}` };
+  return element("span", {}, element("code", {}, text), " ",
+    element("button", attributes, "Copy"));
+}
+
+function show({ version, now, uptime, status, message, ...told }) {
+  const { claude, plan, processes, models, hours, requests } = told;
+  lastTold = when(now, SECOND);
+  form.hidden = true;
+  main.hidden = false;
+  main.classList.remove("stale");
+  if (key) sessionStorage.setItem("key", key);
+  const extra = "Extra usage is being drawn on: it is billed beyond your plan.";
+  update("state", element("p", { class: status }, message ?? "Ready"),
+    element("p", { class: "warning" }, plan.extra_usage ? extra : ""));
+  showPlan(plan, now);
+  update("server", facts({
+    "Version": version,
+    "Running since": when(now - uptime, MINUTE),
+    "Claude Code": claude.version && `${claude.version} at ${claude.path}`,
+    "Logged in": { true: "yes", false: "no" }[claude.logged_in],
+    "Processes": `${processes.running} running (at most ${processes.max_concurrency})` +
+      `, ${processes.waiting} waiting, ${processes.spares} spare`,
+  }));
+  update("client", facts({
+    "Base URL": copyable(`${location.origin}/v1`),
+    "API key": key ? "the key you started the server with" : copyable("any-text"),
+    "Model": copyable("claude-sonnet-4"),
+  }));
+  update("models", ...models.map(({ id, display_name, description }) => {
+    const text = [display_name, description].filter(Boolean).join(": ");
+    return element("p", {}, element("code", {}, id), ` ${text}`);
+  }));
+  showTokens(hours, now);
+  const rows = requests.map((row) => ({ ...row, time: when(row.time, SECOND) }));
+  update("requests", table("The last 50, newest first", REQUESTS, rows));
+}
+
+function showProblem(text) {
+  const stale = lastTold && ` What you see below is from ${lastTold}.`;
+  update("state", element("p", { class: "error" }, text + stale));
+  main.classList.add("stale");
+}
+
+async function refresh() {
+  const headers = key ? { Authorization: `Bearer ${key}` } : {};
+  let response;
+  let told;
+  try {
+    response = await fetch("status", { headers, signal: AbortSignal.timeout(4000) });
+    told = await response.json();
+  } catch {
+    return showProblem("The server does not answer.");
+  }
+  if (response.ok) return show(told);
+  form.hidden = response.status !== 401;
+  const asked = response.status === 401 && !key;
+  showProblem(asked ? "This server asks for its API key." : told.error.message);
+}
+
+function refreshIfVisible() {
+  if (!document.hidden && form.hidden) refresh();
+}
+
+form.addEventListener("submit", (event) => {
+  event.preventDefault();
+  key = form.querySelector("input").value;
+  refresh();
+});
+main.addEventListener("click", async ({ target }) => {
+  if (!target.value) return;
+  // Over plain http, only a page from localhost may write to the clipboard.
+  await navigator.clipboard?.writeText(target.value);
+  update("copied", navigator.clipboard ? `Copied ${target.value}` : "Copy it by hand");
+});
+document.addEventListener("visibilitychange", refreshIfVisible);
+setInterval(refreshIfVisible, 5000);
+refresh();
+</script>
+"""
 
 if __name__ == "__main__":
     sys.exit(main())

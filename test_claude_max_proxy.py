@@ -1,21 +1,36 @@
 #!/usr/bin/env python3
-"""Tests of claude_max_proxy, its stand-in CLI, and its benchmark, in one file.
+"""The tests of claude_max_proxy, and two programs that they need.
 
-    python3 test_claude_max_proxy.py            run the tests (brings its own pytest)
-    python3 test_claude_max_proxy.py -k tools   …some of them: pytest's arguments work
-    python3 test_claude_max_proxy.py --bench [--claude PATH]
-                                                measure it beside the bare CLI
+    python3 test_claude_max_proxy.py            run the tests (pytest's options work)
+    python3 test_claude_max_proxy.py -k tools   run some of the tests
+    python3 test_claude_max_proxy.py --help     print the mock: words and variables
+    python3 test_claude_max_proxy.py --bench    measure the server beside the bare CLI
     python3 claude_max_proxy.py --claude ./test_claude_max_proxy.py
                                                 try the server without a subscription
 
-Two doubles. The stand-in CLI is this file, executed as `claude`: it speaks the control
-protocol and answers as the last user text asks, in words of the form mock:KEY=VALUE
-(see `events`, `misbehave`); mock:show says back all that it was told. The small
-Messages API (`MessagesAPI`) is for the tests of the contract with the REAL CLI: they
-run when a real `claude` is on PATH, or when CLAUDE_CLIS names some (paths, separated
-like PATH).
+This file is three programs:
+
+1. The tests. They run under pytest. If it is not installed, it is installed into a
+   virtual environment in the user's cache directory.
+2. The stand-in CLI. Executed with the arguments of `claude`, this file speaks Claude
+   Code's control protocol and obeys commands of the form mock:WORD=VALUE in the last
+   user message. MOCK_WORDS lists them all; mock:show returns all that it received.
+3. The benchmark. It drives a real `claude` that talks to the small Messages API below.
+
+The small Messages API (`MessagesAPI`) is also what the tests of the contract with the
+real CLI use. They run if `claude` is on PATH or if CLAUDE_CLIS names some (paths,
+separated as in PATH). It obeys the mock: words that MOCK_WORDS marks with "both".
+
+How to add a test:
+
+1. Find its section (they follow claude_max_proxy.py); name it test_<unit>_<case>.
+2. If the unit is a pure function, call it. Start a server only for what needs one.
+3. Make the model answer, or the CLI fail, with mock: words in the last user message.
+4. Is there no word for it? Add a row to MOCK_WORDS and the lines that obey it.
+5. Wait for a condition, never for a time, and leave no process, thread or file behind.
 """
 
+# The stand-in CLI is started for almost every test, so it imports no more than this.
 import json
 import os
 import sys
@@ -24,277 +39,689 @@ import time
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
-# ── What a model would say ─────────────────────────────────────────────────────────
+# ── The mock: words ────────────────────────────────────────────────────────────────
+
+EITHER = "both"  # the stand-in CLI and the small Messages API
+CLI = "stand-in"
+
+# To support a new word, add a row. A word that has no row here is an error, so that a
+# typo in a test cannot silently mean "no fault".
+MOCK_WORDS = {
+    # word: (its value, who obeys it, what it does)
+    #
+    # What the model answers
+    "tokens": ("N", EITHER, "answer with N text deltas (default: 5)"),
+    "say": ("TEXT", EITHER, 'answer with this text in one delta; "~" is a space'),
+    "json": ("LIST", EITHER, "answer with these text deltas, a JSON list of strings"),
+    "notext": ("", EITHER, "answer without a text block"),
+    "think": ("N", EITHER, "begin with a thinking block of N deltas"),
+    "tool": ("NAME,NAME", EITHER, "call these tools after the text"),
+    "input": ("JSON", EITHER, 'the input of each call; "none": send no input delta'),
+    "stop": ("REASON", EITHER, "the stop_reason; the stand-in then goes on answering"),
+    "delay_ms": ("N", EITHER, "wait before the first event"),
+    "gap_ms": ("N", EITHER, "wait after each delta"),
+    "show": ("", CLI, "answer with all that was received, as JSON"),
+    # The limits of the plan
+    "plan": ("A,B", EITHER, "report A of the 5-hour, B of the 7-day window as used"),
+    "plan_reset": ("SECONDS", EITHER, "when both windows end (else 2 h and 3 days)"),
+    "overage": ("1", CLI, "with plan: report that overage is being used"),
+    "limit": ("SECONDS", CLI, "report a limit that ends in SECONDS"),
+    # Failures of the API
+    "status": ("N", EITHER, "fail with this HTTP status"),
+    "category": ("NAME", CLI, "fail with this error category"),
+    "reason": ("NAME", CLI, "the terminal_reason of that failure"),
+    "retry": ("N", CLI, "print an api_retry line with this status, then wait"),
+    "retries": ("N", CLI, "print N such lines before it, 0.1 s apart"),
+    "pause": ("SECONDS", CLI, "how long retry waits at the end (default: 60)"),
+    "cut": ("N", EITHER, "end the stream after N deltas; the stand-in answers again"),
+    "else": ("TEXT", CLI, "with cut: say this the second time"),
+    "whole": ("", CLI, "with cut: answer again in one message, not streamed"),
+    # What else the CLI prints
+    "line": ("N", CLI, "print a line with N bytes of padding first"),
+    "stderr": ("N", CLI, "write N bytes to stderr first"),
+    "garbage": ("", CLI, "print lines first that are not JSON"),
+    "bytes": ("HEX", CLI, "print these bytes first"),
+    "shape": ("", CLI, "print a message_start first that has no message"),
+    "empty": ("", CLI, "print a result first, as after a slash command"),
+    "halves": ("", CLI, "print each line in two pieces"),
+    "late_call": ("", CLI, "send tools/call after the answer, as 2.1.112 does"),
+    # Processes
+    "exit": ("N", CLI, "exit with this code instead of answering"),
+    "hang": ("", CLI, "do nothing for 60 s before answering"),
+    "deaf": ("", CLI, "in an earlier turn: take 60 s to read that turn"),
+    "stubborn": ("", CLI, "ignore SIGTERM"),
+    "child": ("", CLI, "fork a child that ignores SIGTERM; answer its pid"),
+}
+
+STAND_IN_VARIABLES = {
+    "STAND_IN_VERSION": "the version to report (default: 2.1.332)",
+    "STAND_IN_VERSION_SECONDS": "how long `--version` takes",
+    "STAND_IN_LOGIN": '"no": nobody is logged in',
+    "STAND_IN_AUTH": "a JSON object, merged into what `auth status` prints",
+    "STAND_IN_AUTH_SECONDS": "how long `auth status` takes",
+    "STAND_IN_MODELS": "a JSON list: the models that `initialize` answers with",
+    "STAND_IN_DIES": '"1": `-p` exits at once with code 1',
+    "STAND_IN_LOG": "a file to which each `-p` appends a line, its pid",
+}
 
 
-def wishes(text):
-    """The mock: words of a text; a word without "=" is wished for with ""."""
-    words = [part.split()[0] for part in text.split("mock:")[1:]]
-    return dict(word.partition("=")[::2] for word in words)
+def mock_words(text, double=CLI):
+    """Return the mock: words of a text: {word: value}, with "" for no value.
 
-
-def events(wish, tools=(), model="claude-mock-1", prompt=(10, 0, 0)):
-    """Yield the Messages API's stream events as `wish` asks for them:
-
-    tokens=N  text deltas (5)      gap_ms=N  between them       delay_ms=N  before all
-    say=TEXT  the text ("~" is a space)      json=TEXT  pieces of a JSON string each
-    think=N  thinking deltas       stop=REASON                  notext=  no text
-    tool=NAME  a call, or several: A,B       input=JSON  its arguments
+    Raises ValueError if `double` obeys no such word.
     """
-    time.sleep(float(wish.get("delay_ms", 0)) / 1000)
-    fresh, read, written = prompt
-    usage = {"input_tokens": fresh, "cache_read_input_tokens": read}
-    usage.update(cache_creation_input_tokens=written, output_tokens=1)
-    message = {"id": f"msg_{time.time_ns()}", "type": "message", "role": "assistant"}
-    message.update(model=model, content=[], stop_reason=None, usage=usage)
+    words = {}
+    for part in text.split("mock:")[1:]:
+        if not part.strip():
+            raise ValueError('"mock:" without a word')
+        word, _, value = part.split()[0].partition("=")
+        if word not in MOCK_WORDS:
+            raise ValueError(f"unknown mock: word {word!r} (see MOCK_WORDS)")
+        if MOCK_WORDS[word][1] not in (EITHER, double):
+            raise ValueError(f"mock: word {word!r} is for the stand-in CLI only")
+        words[word] = value
+    return words
+
+
+# ── What the model answers ─────────────────────────────────────────────────────────
+
+
+def events(words, tools=(), model="claude-mock-1", prompt=(10, 0, 0)):
+    """Yield the Messages API's stream events for an answer as `words` describe it.
+
+    `tools` are the names of the tools on offer, `prompt` the prompt's tokens: not
+    cached, read from the cache, written to it.
+    """
+    time.sleep(float(words.get("delay_ms", 0)) / 1000)
+    usage = {
+        "input_tokens": prompt[0],
+        "cache_read_input_tokens": prompt[1],
+        "cache_creation_input_tokens": prompt[2],
+        "output_tokens": 1,
+    }
+    message = {
+        "id": f"msg_{time.time_ns()}",
+        "type": "message",
+        "role": "assistant",
+        "model": model,
+        "content": [],
+        "stop_reason": None,
+        "usage": usage,
+    }
     yield {"type": "message_start", "message": message}
-    blocks = []
-    if "think" in wish:
-        thoughts = [f"thought{i} " for i in range(int(wish["think"]))]
-        blocks.append(({"type": "thinking", "thinking": "", "signature": ""}, thoughts))
-    calls = wish.get("tool", "").split(",") if wish.get("tool") else []
-    if "StructuredOutput" in tools and "tool" not in wish:
-        calls = ["StructuredOutput"]
-    elif "notext" not in wish:
-        words = [f"tok{i} " for i in range(int(wish.get("tokens", 5)))]
-        if "say" in wish:
-            words = [wish["say"].replace("~", " ")]
-        if "json" in wish:
-            words = json.loads(wish["json"])
-        blocks.append(({"type": "text", "text": ""}, words))
-    for i, name in enumerate(calls):
-        use = {"type": "tool_use", "id": f"toolu_{time.time_ns()}{i}", "name": name}
-        text = wish.get("input", '{"city":"Paris"}')
-        pieces = [""]  # as the API begins
-        if text != "none":
-            pieces += [text[k : k + 7] for k in range(0, len(text), 7)]
-        blocks.append(({**use, "input": {}}, pieces))
+    calls = called_tools(words, tools)
     count = 0
-    keys = {"text": "text", "thinking": "thinking", "tool_use": "partial_json"}
-    kinds = {"text": "text", "thinking": "thinking", "tool_use": "input_json"}
-    for index, (block, pieces) in enumerate(blocks):
+    for index, (block, deltas) in enumerate(answer_blocks(words, calls)):
         yield {"type": "content_block_start", "index": index, "content_block": block}
-        deltas = [{"type": kinds[block["type"]] + "_delta", keys[block["type"]]: p} for p in pieces]
-        if block["type"] == "thinking":
-            deltas.append({"type": "signature_delta", "signature": "c2lnbmVk"})
         for delta in deltas:
             yield {"type": "content_block_delta", "index": index, "delta": delta}
             count += 1
-            time.sleep(float(wish.get("gap_ms", 0)) / 1000)
+            time.sleep(float(words.get("gap_ms", 0)) / 1000)
         yield {"type": "content_block_stop", "index": index}
-    stop = wish.get("stop") or ("tool_use" if calls else "end_turn")
+    stop = words.get("stop")
+    if not stop:
+        stop = "tool_use" if calls else "end_turn"
     delta = {"stop_reason": stop, "stop_sequence": None}
     yield {"type": "message_delta", "delta": delta, "usage": {"output_tokens": count}}
     yield {"type": "message_stop"}
 
 
+def called_tools(words, tools):
+    """Return the names of the tools that the model calls."""
+    if words.get("tool"):
+        return words["tool"].split(",")
+    if "StructuredOutput" in tools and "tool" not in words:
+        return ["StructuredOutput"]
+    return []
+
+
+def answer_blocks(words, calls):
+    """Return the content blocks of an answer: a list of (block, its deltas)."""
+    blocks = []
+    if "think" in words:
+        blocks.append(thinking_block(int(words["think"])))
+    structured = calls == ["StructuredOutput"] and "tool" not in words
+    if not structured and "notext" not in words:
+        blocks.append(text_block(answer_texts(words)))
+    for number, name in enumerate(calls):
+        blocks.append(tool_block(number, name, words.get("input", '{"city":"Paris"}')))
+    return blocks
+
+
+def answer_texts(words):
+    """Return the text deltas of an answer."""
+    if "json" in words:
+        return json.loads(words["json"])
+    if "say" in words:
+        return [words["say"].replace("~", " ")]
+    return [f"tok{number} " for number in range(int(words.get("tokens", 5)))]
+
+
+def thinking_block(count):
+    deltas = []
+    for number in range(count):
+        deltas.append({"type": "thinking_delta", "thinking": f"thought{number} "})
+    deltas.append({"type": "signature_delta", "signature": "c2lnbmVk"})
+    return {"type": "thinking", "thinking": "", "signature": ""}, deltas
+
+
+def text_block(texts):
+    deltas = [{"type": "text_delta", "text": text} for text in texts]
+    return {"type": "text", "text": ""}, deltas
+
+
+def tool_block(number, name, text):
+    """A call whose input is sent in pieces of 7 characters, after an empty one."""
+    call_id = f"toolu_{time.time_ns()}{number}"
+    block = {"type": "tool_use", "id": call_id, "name": name, "input": {}}
+    pieces = [""]  # the API begins with an empty delta
+    if text != "none":
+        for start in range(0, len(text), 7):
+            pieces.append(text[start : start + 7])
+    deltas = [{"type": "input_json_delta", "partial_json": piece} for piece in pieces]
+    return block, deltas
+
+
+# ── The plan's limits ──────────────────────────────────────────────────────────────
+
+PLAN_RESETS = {"five_hour": 2 * 3600, "seven_day": 3 * 86400}  # seconds from now
+
+
+def plan_windows(words):
+    """Return the windows of the plan as `plan` and `plan_reset` describe them."""
+    windows = {}
+    for name, used in zip(PLAN_RESETS, words["plan"].split(",")):
+        utilization = float(used)
+        status = "allowed"
+        if utilization >= 0.9:
+            status = "allowed_warning"
+        if utilization >= 1:
+            status = "rejected"
+        seconds = float(words.get("plan_reset", PLAN_RESETS[name]))
+        windows[name] = {
+            "utilization": utilization,
+            "resetsAt": int(time.time() + seconds),
+            "status": status,
+        }
+    return windows
+
+
+def fullest_window(windows):
+    """Return the name of the window of which the most is used."""
+    return max(windows, key=lambda name: windows[name]["utilization"])
+
+
+def plan_status(words, windows):
+    """Return whether the plan as a whole allows the request."""
+    if words.get("status") == "429":
+        return "rejected"
+    return windows[fullest_window(windows)]["status"]
+
+
+def plan_event(words):
+    """Return the line in which the CLI (2.1.332) reports the plan's limits."""
+    windows = plan_windows(words)
+    name = fullest_window(windows)
+    info = {
+        "status": plan_status(words, windows),
+        "resetsAt": windows[name]["resetsAt"],
+        "rateLimitType": name,
+        "isUsingOverage": words.get("overage") == "1",
+        "unifiedWindows": windows,
+    }
+    return {"type": "rate_limit_event", "rate_limit_info": info}
+
+
+def plan_headers(words):
+    """Return the headers in which the API reports the plan's limits."""
+    if "plan" not in words:
+        return {}
+    windows = plan_windows(words)
+    name = fullest_window(windows)
+    headers = {
+        "status": plan_status(words, windows),
+        "reset": windows[name]["resetsAt"],
+        "representative-claim": name,
+    }
+    for short, name in (("5h", "five_hour"), ("7d", "seven_day")):
+        headers[f"{short}-utilization"] = windows[name]["utilization"]
+        headers[f"{short}-reset"] = windows[name]["resetsAt"]
+        headers[f"{short}-status"] = windows[name]["status"]
+    return {
+        f"anthropic-ratelimit-unified-{key}": str(value)
+        for key, value in headers.items()
+    }
+
+
 # ── The stand-in CLI ───────────────────────────────────────────────────────────────
 
+# mock:show returns the environment variables whose names begin like this.
 SHOWN_VARIABLES = ("CLAUDE", "ANTHROPIC", "DISABLE", "ENABLE", "MAX_")
+
+ACCOUNT = {"subscriptionType": "Claude Max", "apiProvider": "firstParty"}
+AUTH_STATUS = {
+    "loggedIn": True,
+    "authMethod": "claude.ai",
+    "apiProvider": "firstParty",
+    "subscriptionType": "max",
+    "planTier": "max_20x",
+}
+LOGGED_OUT = {"loggedIn": False, "authMethod": "none", "apiProvider": "firstParty"}
+
+
+def model_row(value, resolved, name, description):
+    """A model as the answer to `initialize` lists it."""
+    return {
+        "value": value,
+        "resolvedModel": resolved,
+        "displayName": name,
+        "description": description,
+        "supportsEffort": True,
+        "supportedEffortLevels": ["low", "medium", "high", "xhigh", "max"],
+        "supportsAdaptiveThinking": True,
+    }
+
+
+# As 2.1.332 lists them for a Max login (2026-11-25), without some of the flags.
+OPUS = "Opus 5.5 · Best for everyday, complex tasks"
+FABLE = "Fable 5.2 · Most capable for your hardest and longest-running tasks"
+SONNET = "Sonnet 5.5 · Efficient for routine tasks"
+HAIKU = "Haiku 5.5 · Fastest for quick answers"
+MODELS = [
+    model_row("default", "claude-opus-5-5", "Default (recommended)", OPUS),
+    model_row("opus", "claude-opus-5-5", "Opus", OPUS),
+    model_row("fable", "claude-fable-5-2", "Fable", FABLE),
+    model_row("sonnet", "claude-sonnet-5-5", "Sonnet", SONNET),
+    model_row("haiku", "claude-haiku-5-5", "Haiku", HAIKU),
+]
+
+
+def offered_models():
+    """Return MODELS, or what STAND_IN_MODELS names instead."""
+    text = os.environ.get("STAND_IN_MODELS")
+    if text is None:
+        return MODELS
+    known = {row["value"]: row for row in MODELS}
+    rows = []
+    for value in json.loads(text):
+        row = known.get(value)
+        if row is None:
+            row = model_row(value, value, value, "")
+        rows.append(row)
+    return rows
 
 
 class StandIn:
-    """`claude -p` as the server drives it. Faults are wished for with mock: words."""
+    """`claude -p` as the server drives it: JSON lines on stdin and stdout.
+
+    `received` is what mock:show returns.
+    """
 
     def __init__(self, argv):
         env = {k: v for k, v in os.environ.items() if k.startswith(SHOWN_VARIABLES)}
-        self.told = {"argv": argv, "env": env, "cwd": os.getcwd(), "turns": []}
-        self.told["settings"] = []
+        self.received = {
+            "argv": argv,
+            "env": env,
+            "cwd": os.getcwd(),
+            "turns": [],
+            "settings": [],
+        }
         self.tools = []
-        self.backlog = []  # lines that came while an answer was awaited
-        self.in_halves = False
+        self.postponed = []  # lines that came while an answer was awaited
+        self.in_halves = False  # mock:halves
+        self.late_calls = None  # mock:late_call: the calls to send after the answer
+
+    # Input and output
 
     def lines(self):
+        """Yield the lines of stdin, first those that `mcp` put aside."""
         while True:
-            raw = self.backlog.pop(0) if self.backlog else sys.stdin.readline()
-            if not raw:
+            if self.postponed:
+                line = self.postponed.pop(0)
+            else:
+                line = sys.stdin.readline()
+            if not line:
                 return
-            yield raw
+            yield line
 
     def emit(self, line):
-        text = (line if isinstance(line, str) else json.dumps(line)) + "\n"
-        for half in (text[:40], text[40:]) if self.in_halves else [text]:
-            sys.stdout.write(half)
-            sys.stdout.flush()
-            time.sleep(0.005 * self.in_halves)
+        """Print a line: a string as it is, anything else as JSON."""
+        text = line if isinstance(line, str) else json.dumps(line)
+        text += "\n"
+        if not self.in_halves:
+            self.write(text)
+            return
+        for half in (text[:40], text[40:]):
+            self.write(half)
+            time.sleep(0.005)
 
-    def result(self, text="", error=False, status=None, turns=1, reason="completed"):
-        line = {"type": "result", "subtype": "success", "is_error": error, "result": text}
-        line.update(api_error_status=status, num_turns=turns, terminal_reason=reason)
+    def write(self, text):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def emit_result(
+        self, text="", error=False, status=None, turns=1, reason="completed"
+    ):
+        line = {
+            "type": "result",
+            "subtype": "success",
+            "is_error": error,
+            "result": text,
+            "api_error_status": status,
+            "num_turns": turns,
+            "terminal_reason": reason,
+        }
         self.emit(line)
+
+    # What the server sends
 
     def run(self):
         for raw in self.lines():
             line = json.loads(raw)
             kind = line["type"]
             if kind == "control_request":
-                if line["request"]["subtype"] == "initialize":
-                    self.initialize(line)
-                else:
-                    settings = line["request"]["settings"]
-                    self.told["settings"].append(settings)
-                    self.told["env"].update(settings.get("env", {}))
+                self.control(line)
             elif kind in ("user", "assistant"):
-                self.told["turns"].append(line["message"])
-                self.told.setdefault("lines", []).append(
-                    {k: v for k, v in line.items() if k != "message"}
-                )
-                if kind == "user" and line.get("shouldQuery", True):
-                    self.answer(line["message"])
-                elif kind == "user":
-                    if "mock:deaf" in raw:
-                        time.sleep(60)
-                    self.result(turns=0)
+                self.turn(line)
+
+    def control(self, line):
+        request = line["request"]
+        if request["subtype"] == "initialize":
+            self.initialize(line)
+        else:
+            settings = request["settings"]
+            self.received["settings"].append(settings)
+            self.received["env"].update(settings.get("env", {}))
 
     def initialize(self, line):
-        self.told["initialize"] = line["request"]
+        self.received["initialize"] = line["request"]
         if line["request"].get("sdkMcpServers"):
             params = {"protocolVersion": "2025-11-25", "capabilities": {}}
             self.mcp("initialize", params)
             self.mcp("notifications/initialized")
             self.tools = self.mcp("tools/list")["tools"]
-            self.told["tools"] = self.tools
-        response = {"subtype": "success", "request_id": line["request_id"]}
-        self.emit({"type": "control_response", "response": {**response, "response": {}}})
+            self.received["tools"] = self.tools
+        answer = {"commands": [], "models": offered_models(), "account": ACCOUNT}
+        response = {
+            "subtype": "success",
+            "request_id": line["request_id"],
+            "response": answer,
+        }
+        self.emit({"type": "control_response", "response": response})
 
     def mcp(self, method, params=None):
+        """Send an MCP message to the server and return the result.
+
+        tools/call is not waited for: the server answers it with a later request.
+        """
         message = {"jsonrpc": "2.0", "method": method, "params": params or {}}
-        if "/init" not in method:
+        if not method.startswith("notifications/"):
             message["id"] = 1
         request = {"subtype": "mcp_message", "server_name": "c", "message": message}
-        self.emit({"type": "control_request", "request_id": "r1", "request": request})
+        line = {"type": "control_request", "request_id": "r1", "request": request}
+        self.emit(line)
         while method != "tools/call":
             raw = sys.stdin.readline()
             if '"mcp_response"' in raw:
-                reply = json.loads(raw)["response"]["response"]
-                return reply["mcp_response"]["result"]
-            self.backlog.append(raw)
+                response = json.loads(raw)["response"]["response"]
+                return response["mcp_response"]["result"]
+            self.postponed.append(raw)
+        return None
+
+    def turn(self, line):
+        """Take a turn of the conversation, and answer it if it asks for that."""
+        message = line["message"]
+        rest = {key: value for key, value in line.items() if key != "message"}
+        self.received["turns"].append(message)
+        self.received.setdefault("lines", []).append(rest)
+        if line["type"] == "assistant":
+            return
+        if line.get("shouldQuery", True):
+            self.answer(message)
+            return
+        if "mock:deaf" in json.dumps(message):
+            time.sleep(60)
+        self.emit_result(turns=0)
+
+    # The answer
 
     def answer(self, message):
-        content = message["content"]
-        text = " ".join(b.get("text", "") for b in content if b["type"] == "text")
-        for block in content:
-            if block["type"] == "tool_result":
-                content = block.get("content")
-                text += " " + (content if isinstance(content, str) else json.dumps(content))
-        wish = wishes(text)
-        if not wish:
-            wish = {"json": json.dumps([w + " " for w in f"You said: {text}".split()])}
-        if "show" in wish:
-            wish["json"] = json.dumps([json.dumps(self.told)])
+        text = said_text(message["content"])
+        words = mock_words(text)
+        if not words:
+            pieces = [word + " " for word in f"You said: {text}".split()]
+            words = {"json": json.dumps(pieces)}
+        if "show" in words:
+            words["json"] = json.dumps([json.dumps(self.received)])
         names = [tool["name"] for tool in self.tools if "dropped" not in str(tool)]
         self.emit({"type": "system", "subtype": "init", "tools": names})
-        misbehave(self, wish)
-        self.stream(wish, names)
-        if "stop" in wish:
+        misbehave(self, words)
+        if "late_call" in words:
+            self.late_calls = []
+        self.stream(words, names)
+        if "plan" in words:
+            time.sleep(0.005)  # the real one prints it up to 15 ms after message_delta
+            self.emit(plan_event(words))
+        for name in self.late_calls or []:
+            self.mcp("tools/call", {"name": name})
+        if "stop" in words:
             self.go_on(names)
-        self.result("done")
+        self.emit_result("done")
 
     def go_on(self, names):
-        """As the real one after most stop reasons: by itself, until it is killed."""
+        """Like the real CLI after most stop reasons: keep answering until killed."""
         while True:
             self.stream({"say": "AFTER"}, names)
             time.sleep(0.01)
 
-    def stream(self, wish, names):
-        block, told, cut = {}, "", int(wish.get("cut") or 0)
-        model = self.told["argv"][self.told["argv"].index("--model") + 1]
-        for settings in self.told["settings"]:
-            model = settings.get("model", model)
-        for event in events(wish, names, f"claude-{model}-mock"):
-            if event["type"] == "content_block_start":
-                block, told = dict(event["content_block"]), ""
-            if event["type"] == "content_block_delta":
-                told += event["delta"].get("text", "")
-            if event["type"] == "content_block_stop":
-                said = {"content": [block], "model": model, "stop_reason": None}
-                self.emit({"type": "assistant", "message": said})
-                if block["type"] == "tool_use" and block["name"] in names:
-                    self.mcp("tools/call", {"name": block["name"]})
-            self.emit({"type": "stream_event", "event": event, "parent_tool_use_id": None})
-            if cut and told and event["type"] == "content_block_delta":
-                cut -= 1
-                if not cut:
-                    return self.again(wish)
+    def stream(self, words, names):
+        """Print an answer: its events, and an assistant line for each full block."""
+        model = self.model()
+        remaining = int(words.get("cut") or 0)  # deltas up to mock:cut
+        block = {}
+        has_text = False
+        for event in events(words, names, f"claude-{model}-mock"):
+            kind = event["type"]
+            if kind == "content_block_start":
+                block = dict(event["content_block"])
+                has_text = False
+            if kind == "content_block_delta" and event["delta"].get("text"):
+                has_text = True
+            if kind == "content_block_stop":
+                self.finish_block(block, model, names)
+            line = {"type": "stream_event", "event": event}
+            line["parent_tool_use_id"] = None
+            self.emit(line)
+            if remaining and has_text and kind == "content_block_delta":
+                remaining -= 1
+                if not remaining:
+                    self.answer_again(words)
+                    return
 
-    def again(self, wish):
-        """The stream broke: tell the answer again, streamed or whole."""
-        wish = {k: v for k, v in wish.items() if k != "cut"}
-        if wish.pop("whole", None) is None:
-            if "else" in wish:
-                wish["say"] = wish["else"]
-            return self.stream(wish, [])
-        text = "".join(e["delta"].get("text", "") for e in events(wish) if "delta" in e)
-        usage = {"input_tokens": 10, "output_tokens": 5}
-        message = {"model": "claude-mock-1", "usage": usage, "stop_reason": "end_turn"}
-        message["content"] = [{"type": "text", "text": text}]
+    def model(self):
+        """Return the model that the arguments or a later setting name."""
+        argv = self.received["argv"]
+        model = argv[argv.index("--model") + 1]
+        for settings in self.received["settings"]:
+            model = settings.get("model", model)
+        return model
+
+    def finish_block(self, block, model, names):
+        """Print the assistant line of a block, and call its tool."""
+        message = {"content": [block], "model": model, "stop_reason": None}
+        self.emit({"type": "assistant", "message": message})
+        if block["type"] != "tool_use" or block["name"] not in names:
+            return
+        if self.late_calls is None:
+            self.mcp("tools/call", {"name": block["name"]})
+        else:
+            self.late_calls.append(block["name"])
+
+    def answer_again(self, words):
+        """The stream broke: repeat the answer, streamed or as one message."""
+        words = dict(words)
+        del words["cut"]
+        if "whole" not in words:
+            if "else" in words:
+                words["say"] = words["else"]
+            self.stream(words, [])
+            return
+        text = ""
+        for event in events(words):
+            if "delta" in event:
+                text += event["delta"].get("text", "")
+        message = {
+            "model": "claude-mock-1",
+            "usage": {"input_tokens": 10, "output_tokens": 5},
+            "stop_reason": "end_turn",
+            "content": [{"type": "text", "text": text}],
+        }
         self.emit({"type": "assistant", "message": message})
 
 
-def misbehave(cli, wish):
-    """The faults. status=N / category=X: an API failure; retry=N: an api_retry line, or
-    retries=N of them; exit=N, hang, garbage, shape, empty, bytes=HEX: instead of an
-    answer; line=N, stderr=N: N bytes at once; halves: each line in two pieces;
-    stubborn: SIGTERM is ignored; child: so does a child process."""
-    import signal  # here, for it takes time to load
+def said_text(content):
+    """Return the texts of a user message, then those of its tool results."""
+    texts = [block.get("text", "") for block in content if block["type"] == "text"]
+    text = " ".join(texts)
+    for block in content:
+        if block["type"] == "tool_result":
+            result = block.get("content")
+            if not isinstance(result, str):
+                result = json.dumps(result)
+            text += " " + result
+    return text
 
-    if "stubborn" in wish:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if "child" in wish:
-        child = os.fork()
-        if not child:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            time.sleep(60)
-            os._exit(0)
-        wish["json"] = json.dumps([str(child)])
-    if "limit" in wish:
-        info = {"status": "rejected", "resetsAt": time.time() + int(wish["limit"])}
+
+# Faults of the stand-in CLI
+
+
+def misbehave(cli, words):
+    """Do what `words` ask for before the answer, or instead of it."""
+    if "stubborn" in words:
+        ignore_sigterm()
+    if "child" in words:
+        words["json"] = json.dumps([str(fork_child())])
+    if "limit" in words:
+        resets_at = time.time() + int(words["limit"])
+        info = {"status": "rejected", "resetsAt": resets_at}
         cli.emit({"type": "rate_limit_event", "rate_limit_info": info})
-    if "retry" in wish:
-        retry = {"type": "system", "subtype": "api_retry", "error": "rate_limit"}
-        retry.update(error_status=json.loads(wish["retry"]), retry_delay_ms=7100)
-        for _ in range(int(wish.get("retries", 0))):
-            cli.emit(retry)
-            time.sleep(0.1)
-        cli.emit(retry)
-        time.sleep(float(wish.get("pause", 60)))
-    if "status" in wish or "category" in wish:
-        category = wish.get("category", "unknown")
-        said = {"model": "<synthetic>", "content": [], "stop_reason": "stop_sequence"}
-        cli.emit({"type": "assistant", "error": category, "message": said})
-        status = json.loads(wish.get("status", "null"))
-        cli.result("API Error: mock failure", True, status, reason=wish.get("reason"))
-        sys.exit(1)
-    if "stderr" in wish:
-        sys.stderr.write("x" * int(wish["stderr"]))
-        sys.stderr.flush()
-    if "line" in wish:
-        cli.emit({"type": "system", "subtype": "x", "pad": "x" * int(wish["line"])})
-    if "garbage" in wish:
-        cli.emit("plain words\n\xff\xfe")
-        cli.emit('{"type": no json')
-    if "bytes" in wish:
-        os.write(1, bytes.fromhex(wish["bytes"]))
-    cli.in_halves = "halves" in wish
-    if "shape" in wish:
-        cli.emit({"type": "stream_event", "event": {"type": "message_start"}})
-    if "empty" in wish:
-        cli.result("a command")
-    if "exit" in wish:
-        sys.exit(int(wish["exit"]))
-    if "hang" in wish:
+    if "retry" in words:
+        emit_retries(cli, words)
+    if "status" in words or "category" in words:
+        fail(cli, words)
+    emit_noise(cli, words)
+    if "exit" in words:
+        sys.exit(int(words["exit"]))
+    if "hang" in words:
         time.sleep(60)
 
 
+def ignore_sigterm():
+    import signal as signals  # not at the top, because it takes time to load
+
+    signals.signal(signals.SIGTERM, signals.SIG_IGN)
+
+
+def fork_child():
+    """Start a child process that ignores SIGTERM, and return its pid."""
+    pid = os.fork()
+    if pid == 0:
+        ignore_sigterm()
+        time.sleep(60)
+        os._exit(0)
+    return pid
+
+
+def emit_retries(cli, words):
+    retry = {
+        "type": "system",
+        "subtype": "api_retry",
+        "error": "rate_limit",
+        "error_status": json.loads(words["retry"]),
+        "retry_delay_ms": 7100,
+    }
+    for _ in range(int(words.get("retries", 0))):
+        cli.emit(retry)
+        time.sleep(0.1)
+    cli.emit(retry)
+    time.sleep(float(words.get("pause", 60)))
+
+
+def fail(cli, words):
+    """End as the real CLI does after an error of the API."""
+    if "plan" in words:
+        cli.emit(plan_event(words))
+    category = words.get("category", "unknown")
+    message = {"model": "<synthetic>", "content": [], "stop_reason": "stop_sequence"}
+    cli.emit({"type": "assistant", "error": category, "message": message})
+    cli.emit_result(
+        "API Error: mock failure",
+        error=True,
+        status=json.loads(words.get("status", "null")),
+        reason=words.get("reason"),
+    )
+    sys.exit(1)
+
+
+def emit_noise(cli, words):
+    """Print what is no part of the answer."""
+    if "stderr" in words:
+        sys.stderr.write("x" * int(words["stderr"]))
+        sys.stderr.flush()
+    if "line" in words:
+        cli.emit({"type": "system", "subtype": "x", "pad": "x" * int(words["line"])})
+    if "garbage" in words:
+        cli.emit("plain words\n\xff\xfe")
+        cli.emit('{"type": no json')
+    if "bytes" in words:
+        os.write(1, bytes.fromhex(words["bytes"]))
+    cli.in_halves = "halves" in words
+    if "shape" in words:
+        cli.emit({"type": "stream_event", "event": {"type": "message_start"}})
+    if "empty" in words:
+        cli.emit_result("a command")
+
+
+# Commands of the stand-in CLI
+
+
 def stand_in(argv):
-    version = os.environ.get("STAND_IN_VERSION", "2.1.330")
+    """Run as `claude`."""
     if argv[0] == "--version":
-        return print(f"{version} (stand-in)")
-    if argv[0] == "auth":
-        login = os.environ.get("STAND_IN_LOGIN", "yes") == "yes"
-        print(json.dumps({"loggedIn": login}))
-        return sys.exit(not login)
-    return StandIn(argv).run()
+        print_version()
+    elif argv[0] == "auth":
+        print_auth_status()
+    else:
+        stand_in_print(argv)
+
+
+def print_version():
+    time.sleep(float(os.environ.get("STAND_IN_VERSION_SECONDS", 0)))
+    version = os.environ.get("STAND_IN_VERSION", "2.1.332")
+    print(f"{version} (stand-in)")
+
+
+def print_auth_status():
+    """Print the login, and exit with code 1 if there is none."""
+    time.sleep(float(os.environ.get("STAND_IN_AUTH_SECONDS", 0)))
+    status = dict(AUTH_STATUS)
+    if os.environ.get("STAND_IN_LOGIN", "yes") != "yes":
+        status = dict(LOGGED_OUT)
+    status.update(json.loads(os.environ.get("STAND_IN_AUTH", "{}")))
+    print(json.dumps(status))
+    if not status["loggedIn"]:
+        sys.exit(1)
+
+
+def stand_in_print(argv):
+    """Run as `claude -p`."""
+    log = os.environ.get("STAND_IN_LOG")
+    if log:
+        with open(log, "a") as file:
+            file.write(f"{os.getpid()}\n")
+    if os.environ.get("STAND_IN_DIES") == "1":
+        sys.exit(1)
+    StandIn(argv).run()
 
 
 if __name__ == "__main__" and sys.argv[1:2] in (["-p"], ["--version"], ["auth"]):
@@ -302,119 +729,179 @@ if __name__ == "__main__" and sys.argv[1:2] in (["-p"], ["--version"], ["auth"])
     sys.exit()
 
 
-import ast  # noqa: E402
-import atexit  # noqa: E402
-import collections  # noqa: E402
-import concurrent.futures  # noqa: E402
-import contextlib  # noqa: E402
-import glob  # noqa: E402
-import hashlib  # noqa: E402
-import http.client  # noqa: E402
-import http.server  # noqa: E402
-import importlib.util  # noqa: E402
-import io  # noqa: E402
-import plistlib  # noqa: E402
-import py_compile  # noqa: E402
-import random  # noqa: E402
-import re  # noqa: E402
-import select  # noqa: E402
-import shutil  # noqa: E402
-import signal  # noqa: E402
-import socket  # noqa: E402
-import subprocess  # noqa: E402
-import tempfile  # noqa: E402
-import threading  # noqa: E402
+# The stand-in CLI ends here: the tests cut this file at the next line that imports, and
+# compile what is above it as a program of its own, which starts faster.
+import ast
+import atexit
+import collections
+import concurrent.futures
+import contextlib
+import functools
+import glob
+import hashlib
+import http.client
+import http.server
+import importlib.util
+import io
+import plistlib
+import py_compile
+import random
+import re
+import select
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import tempfile
+import threading
 
 # ── The small Messages API ─────────────────────────────────────────────────────────
 
 
 def api_blocks(message):
+    """Return the content of a message as blocks."""
     content = message.get("content")
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return content
 
 
 def said_blocks(message):
-    """Its blocks, those within tool results among them."""
+    """Yield the text blocks of a message, also those inside tool results."""
     for block in api_blocks(message):
-        yield from [block] if block["type"] == "text" else []
+        if block["type"] == "text":
+            yield block
         if block["type"] == "tool_result":
             yield from api_blocks({"content": block.get("content") or []})
 
 
 def violations(body):
-    """Yield what the real API would answer 400 for."""
-    thinking = (body.get("thinking") or {}).get("type", "disabled")
-    choice = (body.get("tool_choice") or {}).get("type")
-    names = [tool["name"] for tool in body.get("tools") or []]
+    """Yield a message for each thing to which the real API would answer 400."""
     messages = [m for m in body["messages"] if m["role"] != "system"]
+    yield from thinking_violations(body)
+    yield from tool_violations(body.get("tools") or [])
+    blocks = [block for message in messages for block in api_blocks(message)]
+    blocks += body.get("system") or []
+    if sum("cache_control" in block for block in blocks) > 4:
+        yield "A maximum of 4 blocks with cache_control may be provided."
+    if not messages or messages[0]["role"] != "user":
+        yield "messages: first message must use the user role"
+    thinking = thinking_type(body) == "enabled"
+    calls = []
+    in_loop = False  # whether the last user message held tool results
+    for number, message in enumerate(messages):
+        for wrong in message_violations(message, calls):
+            yield f"messages.{number}: {wrong}"
+        blocks = api_blocks(message)
+        calls = [block["id"] for block in blocks if block["type"] == "tool_use"]
+        if message["role"] == "user":
+            in_loop = has_results(message)
+        if thinking and calls and is_last_loop(messages[number + 1 :]):
+            kind = blocks[0]["type"]
+            if "thinking" not in kind:
+                yield f"messages.{number}: Expected `thinking`, but found `{kind}`"
+    if (calls or in_loop) and not body.get("tools"):
+        yield "Requests which include tool_use or tool_result blocks must define tools"
+
+
+def thinking_type(body):
+    return (body.get("thinking") or {}).get("type", "disabled")
+
+
+def thinking_violations(body):
+    thinking = thinking_type(body)
+    choice = (body.get("tool_choice") or {}).get("type")
     if thinking != "disabled" and choice in ("any", "tool"):
         yield "Thinking may not be enabled when tool_choice forces tool use."
-    budget = (body.get("thinking") or {}).get("budget_tokens", 0)
-    if thinking == "enabled" and not 1024 <= budget < body["max_tokens"]:
-        yield f"thinking.budget_tokens: {budget} of {body['max_tokens']}"
+    if thinking == "enabled":
+        budget = body["thinking"].get("budget_tokens", 0)
+        if not 1024 <= budget < body["max_tokens"]:
+            yield f"thinking.budget_tokens: {budget} of {body['max_tokens']}"
+
+
+def tool_violations(tools):
+    names = [tool["name"] for tool in tools]
     if len(set(names)) != len(names):
         yield "tools: Tool names must be unique."
-    for tool in body.get("tools") or []:
+    for tool in tools:
         schema = tool["input_schema"]
         if not re.fullmatch("[a-zA-Z0-9_-]{1,128}", tool["name"]):
             yield f"tools.name: {tool['name']}"
         if schema.get("type") != "object" or {"anyOf", "oneOf", "allOf"} & set(schema):
             yield f"tools.input_schema: {schema}"
-    marked = [b for m in messages for b in api_blocks(m)] + list(body.get("system") or [])
-    if sum("cache_control" in block for block in marked) > 4:
-        yield "A maximum of 4 blocks with cache_control may be provided."
-    if not messages or messages[0]["role"] != "user":
-        yield "messages: first message must use the user role"
-    calls, looping = [], False
-    for i, message in enumerate(messages):
-        blocks = api_blocks(message)
-        results = [b["tool_use_id"] for b in blocks if b["type"] == "tool_result"]
-        if sorted(results) != sorted(calls):
-            yield f"messages.{i}: tool_result {results} for tool_use {calls}"
-        if (any(b["type"] == "text" and not b["text"].strip() for b in blocks) or not blocks):
-            yield f"messages.{i}: text content blocks must be non-empty"
-        calls = [b["id"] for b in blocks if b["type"] == "tool_use"]
-        if not all(re.fullmatch("[a-zA-Z0-9_-]+", call) for call in calls):
-            yield f"messages.{i}: tool_use.id {calls}"
-        if message["role"] == "user":
-            looping = bool(results)
-        later = [api_blocks(m) for m in messages[i + 1 :] if m["role"] == "user"]
-        results_only = all(any(b["type"] == "tool_result" for b in m) for m in later)
-        last_loop = calls and results_only
-        if thinking == "enabled" and last_loop and "thinking" not in blocks[0]["type"]:
-            yield f"messages.{i}: Expected `thinking`, but found `{blocks[0]['type']}`"
-    if (calls or looping) and not names:
-        yield "Requests which include tool_use or tool_result blocks must define tools"
+
+
+def message_violations(message, calls):
+    """`calls` are the ids of the tool calls in the message before this one."""
+    blocks = api_blocks(message)
+    results = [b["tool_use_id"] for b in blocks if b["type"] == "tool_result"]
+    if sorted(results) != sorted(calls):
+        yield f"tool_result {results} for tool_use {calls}"
+    texts = [block["text"] for block in blocks if block["type"] == "text"]
+    if not blocks or not all(text.strip() for text in texts):
+        yield "text content blocks must be non-empty"
+    for block in blocks:
+        if block["type"] == "tool_use":
+            if not re.fullmatch("[a-zA-Z0-9_-]+", block["id"]):
+                yield f"tool_use.id {block['id']}"
+
+
+def has_results(message):
+    return any(block["type"] == "tool_result" for block in api_blocks(message))
+
+
+def is_last_loop(later):
+    """Return whether the user turns that follow a call are all tool results."""
+    return all(has_results(message) for message in later if message["role"] == "user")
 
 
 class PromptCache:
-    """The API's rules: entries are written at cache_control marks; a read takes the
-    longest entry at a mark, or up to 20 blocks before one. Tokens of 4 characters."""
+    """The API's prompt cache, counted in tokens of 4 characters.
+
+    Entries are written at cache_control marks. A read takes the longest entry at a
+    mark, or up to 20 blocks before one.
+    """
 
     def __init__(self):
         self.entries = set()
 
     def account(self, body):
-        """-> (uncached, read, written) tokens."""
-        parts = [("tool", tool) for tool in body.get("tools") or []]
-        parts += [("system", block) for block in body.get("system") or []]
-        parts += [(m["role"], b) for m in body["messages"] for b in api_blocks(m)]
-        digest = hashlib.sha256(repr([body["model"], body.get("tool_choice")]).encode())
-        prefixes, sizes, marks, size = [], [], [], 0
-        for number, (role, block) in enumerate(parts):
+        """Return the prompt's tokens: not cached, read, and written."""
+        start = repr([body["model"], body.get("tool_choice")])
+        digest = hashlib.sha256(start.encode())
+        prefixes = []  # for each block, the hash of all up to its end
+        sizes = []  # and its tokens
+        marks = []  # the places of the marked blocks
+        size = 0
+        for role, block in self.parts(body):
             if "cache_control" in block:
-                marks.append(number)
+                marks.append(len(sizes))
             plain = {k: v for k, v in block.items() if k != "cache_control"}
             text = json.dumps([role, plain], sort_keys=True)
             size += max(1, len(text) // 4)
             digest.update(text.encode())
             prefixes.append(digest.hexdigest())
             sizes.append(size)
-        near = {k for mark in marks for k in range(max(0, mark - 20), mark + 1)}
-        read = max([sizes[k] for k in near if prefixes[k] in self.entries], default=0)
-        written = max([sizes[mark] for mark in marks], default=0)
-        self.entries |= {prefixes[mark] for mark in marks}
+        read = 0
+        written = 0
+        for mark in marks:
+            written = max(written, sizes[mark])
+            for place in range(max(0, mark - 20), mark + 1):
+                if prefixes[place] in self.entries:
+                    read = max(read, sizes[place])
+        self.entries.update(prefixes[mark] for mark in marks)
         return size - max(read, written), read, max(0, written - read)
+
+    def parts(self, body):
+        """Yield (role, block) in the order in which the API caches them."""
+        for tool in body.get("tools") or []:
+            yield "tool", tool
+        for block in body.get("system") or []:
+            yield "system", block
+        for message in body["messages"]:
+            for block in api_blocks(message):
+                yield message["role"], block
 
 
 class APIHandler(http.server.BaseHTTPRequestHandler):
@@ -422,13 +909,15 @@ class APIHandler(http.server.BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def log_message(self, *args):
-        pass
+        """Log nothing."""
 
-    def reply(self, status, body):
+    def reply(self, status, body, headers=None):
         data = json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
 
@@ -438,60 +927,95 @@ class APIHandler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if "messages" not in body or "count_tokens" in self.path:
-            return self.reply(200, {"input_tokens": 7})
+            self.reply(200, {"input_tokens": 7})
+            return
         wrong = list(violations(body))
+        words = {}
+        try:
+            words = mock_words(self.typed_text(body), EITHER)
+        except ValueError as error:
+            wrong.append(str(error))
         usage = self.server.cache.account(body)
         self.server.log.append({"body": body, "wrong": wrong, "usage": usage})
-        users = [m for m in body["messages"] if m["role"] == "user"]
-        texts = [b.get("text", "") for b in said_blocks(users[-1])]
-        wish = wishes(" ".join(t for t in texts if not t.startswith("<system-reminder>")))
-        if wrong or "status" in wish:
-            status = 400 if wrong else int(wish["status"])
-            kinds = {401: "authentication_error", 429: "rate_limit_error"}
-            kind = kinds.get(status, "invalid_request_error")
-            error = {"type": kind, "message": str(wrong or "mock failure")}
-            return self.reply(status, {"type": "error", "error": error})
-        names = [tool["name"] for tool in body.get("tools") or []]
-        told = events(wish, names, body["model"], usage)
-        told = told if "gap_ms" in wish else list(told)
-        if body.get("stream"):
-            with contextlib.suppress(OSError):
-                self.stream(told, int(wish.get("cut") or 0))
-            return
-        message = {**told[0]["message"], "stop_reason": told[-2]["delta"]["stop_reason"]}
-        said = [e["delta"].get("text", "") for e in told if "delta" in e]
-        message["content"] = [{"type": "text", "text": "".join(said)}]
-        self.reply(200, message)
+        if wrong:
+            self.fail(400, str(wrong), words)
+        elif "status" in words:
+            self.fail(int(words["status"]), "mock failure", words)
+        else:
+            self.answer(body, words, usage)
 
-    def stream(self, told, cut):
+    def typed_text(self, body):
+        """Return the last user message without what the CLI adds to it."""
+        users = [m for m in body["messages"] if m["role"] == "user"]
+        if not users:
+            return ""
+        texts = [block.get("text", "") for block in said_blocks(users[-1])]
+        return " ".join(t for t in texts if not t.startswith("<system-reminder>"))
+
+    def fail(self, status, message, words):
+        kinds = {401: "authentication_error", 429: "rate_limit_error"}
+        kind = kinds.get(status, "invalid_request_error")
+        error = {"type": kind, "message": message}
+        self.reply(status, {"type": "error", "error": error}, plan_headers(words))
+
+    def answer(self, body, words, usage):
+        names = [tool["name"] for tool in body.get("tools") or []]
+        answer = events(words, names, body["model"], usage)
+        if "gap_ms" not in words:
+            answer = list(answer)
+        if body.get("stream"):
+            with contextlib.suppress(OSError):  # the CLI was killed
+                self.stream(answer, words)
+            return
+        answer = list(answer)
+        text = ""
+        for event in answer:
+            if "delta" in event:
+                text += event["delta"].get("text", "")
+        message = {
+            **answer[0]["message"],
+            "stop_reason": answer[-2]["delta"]["stop_reason"],
+            "content": [{"type": "text", "text": text}],
+        }
+        self.reply(200, message, plan_headers(words))
+
+    def stream(self, answer, words):
+        remaining = int(words.get("cut") or 0)  # deltas up to mock:cut
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
+        for name, value in plan_headers(words).items():
+            self.send_header(name, value)
         self.end_headers()
-        for event in told:
+        for event in answer:
             data = f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode()
             self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
-            if cut and event["type"] == "content_block_delta":
-                cut -= 1
-                if not cut:
+            if remaining and event["type"] == "content_block_delta":
+                remaining -= 1
+                if not remaining:
                     self.close_connection = True
                     return
         self.wfile.write(b"0\r\n\r\n")
 
 
 class MessagesAPI(http.server.ThreadingHTTPServer):
-    """A strict Messages API on loopback, for the real CLI."""
+    """A strict Messages API on loopback, for the real CLI.
+
+    `log` has an entry for each request: its body, what is wrong with it, and the
+    prompt's tokens as PromptCache counts them.
+    """
 
     request_queue_size = 128
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), APIHandler)
-        self.log, self.cache = [], PromptCache()
+        self.log = []
+        self.cache = PromptCache()
         self.thread = threading.Thread(target=self.serve_forever, args=(0.02,))
         self.thread.start()
 
     def handle_error(self, request, client_address):
-        """A CLI that was killed is nobody's error."""
+        """Print nothing: a CLI that was killed has broken its connection."""
 
     def close(self):
         self.shutdown()
@@ -499,7 +1023,7 @@ class MessagesAPI(http.server.ThreadingHTTPServer):
         self.server_close()
 
     def environment(self, home):
-        """With which a CLI asks this API, and nobody else."""
+        """Return the variables that make a CLI use this API only."""
         return {
             "HOME": str(home),
             "ANTHROPIC_BASE_URL": f"http://127.0.0.1:{self.server_port}",
@@ -510,349 +1034,755 @@ class MessagesAPI(http.server.ThreadingHTTPServer):
         }
 
 
-# ── Running the tests ──────────────────────────────────────────────────────────────
+# ── Help, and running the tests ────────────────────────────────────────────────────
+
+
+def print_help():
+    """Print how to run this file, the mock: words and the stand-in's variables."""
+    usage = __doc__.partition("\n\n")[2].partition("\n\nThis file")[0]
+    print("Usage:\n")
+    print(usage)
+    print("\nOptions of the benchmark:\n")
+    for option, text in BENCH_OPTIONS.items():
+        print(f"    {option:16} {text}")
+    print(
+        "\nWords for the last user message, as mock:WORD or mock:WORD=VALUE (no spaces)."
+    )
+    print(
+        '"stand-in": only the stand-in CLI obeys it; "both": the Messages API, too.\n'
+    )
+    for word, (value, double, text) in MOCK_WORDS.items():
+        example = f"{word}={value}" if value else word
+        print(f"    {example:18} {double:9} {text}")
+    print("\nEnvironment variables of the stand-in CLI:\n")
+    for name, text in STAND_IN_VARIABLES.items():
+        print(f"    {name:25} {text}")
+    print("\nFor pytest's own options: python3 -m pytest --help")
 
 
 def run_tests():
-    """With the pytest that is there, or one in a venv under the user's cache."""
+    """Use the installed pytest, or install one into a venv in the cache directory."""
     try:
         import pytest
     except ImportError:
-        import venv
-
-        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        name = "venv-%d.%d" % sys.version_info[:2]
-        home = os.path.join(cache, "claude_max_proxy", name)
-        python = os.path.join(home, "bin", "python")
-        probe = [python, "-c", "import pytest"]
-        if not os.path.exists(python) or subprocess.run(probe, stderr=-3).returncode:
-            venv.create(home, with_pip=True, clear=True)
-            subprocess.check_call([python, "-m", "pip", "-q", "install", "pytest"])
-        os.execv(python, [python, *sys.argv])
-    os.environ.update(PYTHONDONTWRITEBYTECODE="1", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+        run_in_venv()
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     options = ["-q", "-p", "no:cacheprovider", "--rootdir", HERE]
     sys.exit(pytest.main([__file__, *options, *sys.argv[1:]]))
 
 
-if __name__ == "__main__" and "--bench" not in sys.argv:
-    sys.dont_write_bytecode = True
-    run_tests()
+def run_in_venv():
+    """Start this program again with the Python of a venv that has pytest."""
+    import venv
+
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    name = "venv-{}.{}".format(*sys.version_info)
+    home = os.path.join(cache, "claude_max_proxy", name)
+    python = os.path.join(home, "bin", "python")
+    if not has_pytest(python):
+        venv.create(home, with_pip=True, clear=True)
+        subprocess.check_call([python, "-m", "pip", "-q", "install", "pytest"])
+    os.execv(python, [python, *sys.argv])
+
+
+def has_pytest(python):
+    if not os.path.exists(python):
+        return False
+    argv = [python, "-c", "import pytest"]
+    return subprocess.run(argv, stderr=subprocess.DEVNULL).returncode == 0
+
 
 # ── A client ───────────────────────────────────────────────────────────────────────
 
 
 def fold(chunks):
-    """The choices that the chunks of a chat completion add up to."""
+    """Return the choices that the chunks of a chat completion add up to."""
     choices = {}
-    for piece in (piece for chunk in chunks for piece in chunk["choices"]):
-        choice = choices.setdefault(piece["index"], {"message": {}})
-        choice.update(index=piece["index"], finish_reason=piece["finish_reason"])
-        for key, new in piece["delta"].items():
-            if key == "tool_calls":
-                fold_calls(choice["message"].setdefault(key, []), new)
-            else:
-                choice["message"][key] = choice["message"].get(key, "") + new
+    for chunk in chunks:
+        for piece in chunk["choices"]:
+            choice = choices.setdefault(piece["index"], {"message": {}})
+            choice["index"] = piece["index"]
+            choice["finish_reason"] = piece["finish_reason"]
+            fold_delta(choice["message"], piece["delta"])
     return [choices[index] for index in sorted(choices)]
+
+
+def fold_delta(message, delta):
+    for key, value in delta.items():
+        if key == "tool_calls":
+            fold_calls(message.setdefault("tool_calls", []), value)
+        else:
+            message[key] = message.get(key, "") + value
 
 
 def fold_calls(calls, deltas):
     for delta in deltas:
         if delta["index"] == len(calls):
-            calls.append({**delta, "function": {**delta["function"], "arguments": ""}})
-        calls[delta["index"]]["function"]["arguments"] += delta["function"]["arguments"]
+            function = {**delta["function"], "arguments": ""}
+            calls.append({**delta, "function": function})
+        call = calls[delta["index"]]
+        call["function"]["arguments"] += delta["function"]["arguments"]
 
 
 # ── The benchmark ──────────────────────────────────────────────────────────────────
-# The real CLI, a Messages API on loopback that answers at once, and the server as a
-# process of its own: what is measured is what stands between a client and the API.
+#
+# It runs a real CLI, a Messages API on loopback that answers at once, and the server as
+# a process of its own. So it measures what stands between a client and the API. It
+# knows the server by its path only, and can compare two versions of it (--against).
+# Everything is measured by turns, so that other load on the machine affects all alike.
 
-RUNS = 5  # of each measurement; the median counts, the first comes after a warm-up
-API_MS, GAP_MS, PAUSE = 500, 20, 0.05  # an agent's step: to the first token, between
+BENCH_OPTIONS = {
+    "--claude PATH": "the real CLI (default: `claude` on PATH)",
+    "--against FILE": "compare with another claude_max_proxy.py, by turns",
+    "--spares N": "passed on to the server",
+}
+
+RUNS = 5  # of each measurement; the median counts
+PAUSE_SECONDS = 0.6  # before a request of "next turn", as a person would pause
+START_SECONDS = 1.5  # more than a CLI needs to start
+SPARES_SECONDS = 3  # more than a server needs to start its spare processes
+BATCH_PAUSE_SECONDS = 0.3  # between the requests of a workload
+WARM_REQUESTS = 3  # their median is what a workload is compared with
+
+API_MS = 500  # a step of an agent or a chat: the API's time to the first token
+GAP_MS = 20  # … and between two tokens
+STEP_PAUSE_SECONDS = 0.05  # from an answer to the next step
 STEP = f"mock:delay_ms={API_MS} mock:gap_ms={GAP_MS} mock:tokens=40"
-TOOL = {"name": "look", "description": "", "inputSchema": {"type": "object"}}
-SERVER_INFO = {"name": "c", "version": "1"}
+STEPS = 3  # measured in each of two rounds
+
+LOOK = {"name": "look", "description": "", "parameters": {"type": "object"}}
+TOOLS = [{"type": "function", "function": LOOK}]
+
+# The CLI without a server gets the flags and variables that the server gives it, so
+# that the two differ in nothing else.
+DIRECT_ARGUMENTS = [
+    "-p",
+    "--input-format",
+    "stream-json",
+    "--output-format",
+    "stream-json",
+    "--verbose",
+    "--include-partial-messages",
+    "--no-session-persistence",
+    "--tools",
+    "",
+    "--strict-mcp-config",
+    "--setting-sources",
+    "",
+    "--disable-slash-commands",
+    "--allowedTools",
+    "mcp__c",
+    "--settings",
+    '{"attribution":{"commit":"","pr":""},"includeCoAuthoredBy":false}',
+    "--model",
+    "sonnet",
+]
+DIRECT_VARIABLES = {
+    "CLAUDE_CODE_DISABLE_ATTACHMENTS": "1",
+    "CLAUDE_CODE_DISABLE_FILE_MENTIONS": "1",
+    "CLAUDE_AGENT_SDK_MCP_NO_PREFIX": "1",
+    "CLAUDE_AGENT_SDK_DISABLE_BUILTIN_AGENTS": "1",
+    "ENABLE_TOOL_SEARCH": "false",
+    "CLAUDE_CODE_MAX_RETRIES": "2",
+    "CLAUDE_CODE_DISABLE_REFUSAL_RETRY": "1",
+    "DISABLE_AUTO_COMPACT": "1",
+    "ENABLE_PROMPT_CACHING_1H": "1",
+    "CLAUDE_CODE_SKIP_MCP_DEBUG_LOG_FILES": "1",
+    "DISABLE_AUTOUPDATER": "1",
+}
 
 
-class ByHand:
-    """A CLI without a server: up before it is asked, and never started again."""
+class DirectCLI:
+    """A CLI fed by hand: up before it is asked, and never started again."""
 
-    def __init__(self, bench, tools=()):
-        self.proxy, self.tools = bench.proxy, tools
-        argv = [bench.claude, *self.proxy.ARGV, "--model", "sonnet"]
-        options = {"env": self.proxy.environment(bench.claude), "cwd": bench.home}
-        options.update(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.process = subprocess.Popen(argv, **options)
-        time.sleep(1.5)
+    def __init__(self, bench, with_tool=False):
+        self.tools = []
+        if with_tool:
+            schema = LOOK["parameters"]
+            self.tools = [{"name": "look", "description": "", "inputSchema": schema}]
+        self.call = None  # the last tools/call
+        self.process = subprocess.Popen(
+            [bench.claude, *DIRECT_ARGUMENTS],
+            env={**bench.environment, **DIRECT_VARIABLES},
+            cwd=bench.home,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        time.sleep(START_SECONDS)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.process.kill()
+        self.process.communicate()
 
     def write(self, *lines):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         self.process.stdin.write(text.encode())
         self.process.stdin.flush()
 
-    def until(self, wanted):
-        """Read up to a line that has one of these words; serve the tools meanwhile."""
+    def read_until(self, wanted):
+        """Read to the line that contains `wanted`; answer the CLI's MCP requests."""
         for raw in self.process.stdout:
             line = json.loads(raw)
             if line["type"] == "control_request":
-                message = line["request"]["message"]
-                if message["method"] == "tools/call":
-                    self.call = line
-                else:
-                    version = message.get("params", {}).get("protocolVersion")
-                    result = {"protocolVersion": version, "tools": self.tools}
-                    result.update(capabilities={"tools": {}}, serverInfo=SERVER_INFO)
-                    self.write(self.reply(line, result))
-            if any(word in raw for word in wanted):
+                self.serve(line)
+            if wanted in raw:
                 return
+        raise RuntimeError(f"the CLI ended before it printed {wanted}")
 
-    def reply(self, line, result):
-        reply = {"jsonrpc": "2.0", "id": line["request"]["message"].get("id", 0)}
-        response = {"subtype": "success", "request_id": line["request_id"]}
-        response["response"] = {"mcp_response": {**reply, "result": result}}
+    def serve(self, line):
+        """Answer an MCP request; remember a tool call, the next step answers it."""
+        message = line["request"]["message"]
+        if message["method"] == "tools/call":
+            self.call = line
+            return
+        result = {
+            "protocolVersion": message.get("params", {}).get("protocolVersion"),
+            "capabilities": {"tools": {}},
+            "serverInfo": {"name": "c", "version": "1"},
+            "tools": self.tools,
+        }
+        self.write(self.mcp_response(line, result))
+
+    def mcp_response(self, line, result):
+        message_id = line["request"]["message"].get("id", 0)
+        reply = {"jsonrpc": "2.0", "id": message_id, "result": result}
+        response = {
+            "subtype": "success",
+            "request_id": line["request_id"],
+            "response": {"mcp_response": reply},
+        }
         return {"type": "control_response", "response": response}
 
-    def initialize(self, system):
-        setup = self.proxy.Setup(system, self.tools)
-        return self.proxy.initialize_line(setup)
+    def initialize_line(self, system):
+        request = {"subtype": "initialize", "systemPrompt": [system]}
+        if self.tools:
+            request["sdkMcpServers"] = ["c"]
+        return {"type": "control_request", "request_id": "1", "request": request}
 
-    def query(self, text):
-        turn = {"role": "user", "content": [{"type": "text", "text": text}]}
-        line = self.proxy.query_line(turn, (2, 1, 330))
-        del line["message"]["content"][-1]["cache_control"]  # the API takes four
-        return line
+    def query_line(self, text):
+        content = [{"type": "text", "text": text}]
+        return {
+            "type": "user",
+            "session_id": "",
+            "parent_tool_use_id": None,
+            "text_not_typed": True,
+            "message": {"role": "user", "content": content},
+        }
 
     def first_text(self, *lines):
-        """Seconds from these lines to the first text."""
+        """Write these lines; return the seconds to the first text."""
         begun = time.perf_counter()
         self.write(*lines)
-        self.until([b'"text_delta"'])
+        self.read_until(b'"text_delta"')
         return time.perf_counter() - begun
 
     def steps(self):
-        """-> seconds of each step of an agent, less the API's."""
+        """Return the seconds of the steps of an agent or chat, less the API's."""
+        self.write(self.initialize_line("agent"))
+        text = STEP
+        answered = b'"type":"result"'
+        if self.tools:
+            text += " mock:tool=look"
+            answered = b'"tools/call"'
         seconds = []
-        text = STEP + " mock:tool=look" * bool(self.tools)
-        self.write(self.initialize("agent"))
-        for number in range(RUNS + 1):
-            line = self.query(text)
-            if number and self.tools:
-                line = self.reply(self.call, {"content": [{"type": "text", "text": text}]})
+        for number in range(1 + STEPS):
+            line = self.query_line(text)
+            if number > 0 and self.tools:
+                content = [{"type": "text", "text": text}]
+                line = self.mcp_response(self.call, {"content": content})
             seconds.append(self.first_text(line) - API_MS / 1000)
-            self.until([b'"tools/call"' if self.tools else b'"type":"result"'])
-            time.sleep(PAUSE)
+            self.read_until(answered)
+            time.sleep(STEP_PAUSE_SECONDS)
         return seconds[1:]
 
-    def close(self):
-        self.process.kill()
-        self.process.communicate()
 
+class BenchServer:
+    """A version of the server, started for some of the rows."""
 
-class Bench:
-    def __init__(self, claude):
-        sys.path.insert(0, HERE)
-        import statistics
-
-        import claude_max_proxy
-
-        self.proxy, self.median = claude_max_proxy, statistics.median
-        self.claude, self.api = claude, MessagesAPI()
-        self.home = tempfile.mkdtemp()
-        os.environ.update(self.api.environment(self.home))
-        for name in claude_max_proxy.WITHHELD:
-            os.environ.pop(name, None)
-
-    def close(self):
-        self.api.close()
-        shutil.rmtree(self.home, ignore_errors=True)
+    def __init__(self, bench, path):
+        self.bench = bench
+        self.path = path
+        self.process = None
+        self.port = None
 
     @contextlib.contextmanager
-    def server(self, *arguments):
+    def running(self, *arguments):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        argv = [sys.executable, self.proxy.__file__, "--port", str(self.port)]
-        argv += ["--claude", self.claude, *arguments]
-        process = subprocess.Popen(argv, stderr=subprocess.DEVNULL)
-        self.pid = process.pid
+        argv = [sys.executable, self.path, "--port", str(self.port)]
+        argv += ["--claude", self.bench.claude, *arguments]
+        self.process = subprocess.Popen(
+            argv, env=self.bench.environment, stderr=subprocess.DEVNULL
+        )
         try:
-            while socket.socket().connect_ex(("127.0.0.1", self.port)):
-                time.sleep(0.05)
-            yield
+            self.wait_until_up()
+            yield self
         finally:
-            process.terminate()
-            process.wait()
+            self.process.terminate()
+            self.process.wait()
+
+    def wait_until_up(self):
+        while self.process.poll() is None:
+            try:
+                socket.create_connection(("127.0.0.1", self.port)).close()
+                return
+            except OSError:
+                time.sleep(0.05)
+        raise RuntimeError(f"{self.path} did not start")
 
     def ask(self, messages, **parameters):
-        """-> (seconds to the first text, the message)."""
+        """Return the Answer to messages, or to one text."""
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         body = {"model": "sonnet", "messages": messages, "stream": True, **parameters}
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         with contextlib.closing(connection):
             connection.connect()
-            chunks, self.tokens_at, begun = [], [], time.perf_counter()
+            begun = time.perf_counter()
             connection.request("POST", "/v1/chat/completions", json.dumps(body))
-            for line in connection.getresponse():
-                if line.startswith(b"data: {"):
-                    chunks.append(json.loads(line[6:]))
-                    if chunks[-1]["choices"][0]["delta"].get("content"):
-                        self.tokens_at.append(time.perf_counter())
-        return self.tokens_at[0] - begun, fold(chunks)[0]["message"]
+            return Answer(begun, connection.getresponse())
 
-    def bare(self):
-        """`claude -p` as a user would run it -> first text."""
-        argv = [self.claude, "-p", "hi", "--output-format", "stream-json", "--verbose"]
-        argv += ["--include-partial-messages", "--model", "sonnet"]
-        begun, null, pipe = time.perf_counter(), subprocess.DEVNULL, subprocess.PIPE
-        with subprocess.Popen(argv, stdin=null, stdout=pipe, cwd=self.home) as cli:
-            first = [time.perf_counter() for line in cli.stdout if b'"text_delta"' in line][0]
-        return first - begun
-
-    def by_hand(self):
-        """A CLI that is already up, told all it needs in one write -> first text."""
-        one = ByHand(self)
-        seconds = one.first_text(one.initialize(f"{time.time()}"), one.query("hi"))
-        one.close()
-        return seconds
-
-    def by_turns(self, measure, pause=0.0):
-        """By turns with a CLI fed by hand, for this machine's other work changes what
-        both take (and spares get ready meanwhile) -> (median, median by hand)."""
-        values, by_hand = [], []
-        for number in range(RUNS):
-            by_hand.append(self.by_hand())
-            time.sleep(pause)
-            values.append(measure(number))
-        return self.median(values), self.median(by_hand)
-
-    def fresh(self, number):
-        """The first request of a server that has been up for a while -> first text."""
-        with self.server():
-            time.sleep(2.5)
-            return self.ask(f"first {number}")[0]
-
-    def next_turn(self):
-        """The next turn of a conversation of 10 -> as by_turns()."""
-        history = []
-        for i in range(10):
-            history += [{"role": "user", "content": f"text {i}"}]
-            history += [{"role": "assistant", "content": f"answer {i}"}]
-
-        def ask(text):
-            history.append({"role": "user", "content": text})
-            first, message = self.ask(history)
-            history.append(message)
-            return first
-
-        ask("and now")
-        return self.by_turns(lambda number: ask(f"next {number}"), pause=0.6)
-
-    def steps(self, tools):
-        """An agent's steps -> (median through the server, by hand), less the API's."""
-        one = ByHand(self, [TOOL] if tools else [])
-        by_hand = one.steps()
-        one.close()
-        function = {"name": "look", "description": "", "parameters": {}}
-        extra = {"tools": [{"type": "function", "function": function}]} if tools else {}
-        text = STEP + " mock:tool=look" * bool(tools)
-        history, seconds = [{"role": "user", "content": text}], []
-        for _ in range(RUNS + 2):
-            first, message = self.ask(history, **extra)
-            seconds.append(first - API_MS / 1000)
-            history.append(message)
-            for call in message.get("tool_calls", ()):
-                history.append({"role": "tool", "tool_call_id": call["id"]})
-            history += [] if tools else [{"role": "user"}]
-            history[-1]["content"] = text
-            time.sleep(PAUSE)
-        return self.median(seconds[2:]), self.median(by_hand)
-
-    def of_process(self, column):
-        """What `ps` says of the server."""
-        argv = ["ps", "-o", f"{column}=", "-p", str(self.pid)]
-        return subprocess.check_output(argv).decode().strip()
-
-    def cpu(self):
-        """User and system seconds of the server."""
-        with contextlib.suppress(OSError), open(f"/proc/{self.pid}/stat") as stat:
-            fields = stat.read().rpartition(")")[2].split()
+    def cpu_seconds(self):
+        """Return the seconds of CPU that the server has used."""
+        with contextlib.suppress(OSError):  # no /proc on macOS
+            with open(f"/proc/{self.process.pid}/stat") as file:
+                fields = file.read().rpartition(")")[2].split()
             return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-        minutes, _, seconds = self.of_process("time").rpartition(":")
+        minutes, _, seconds = self.ps("time").rpartition(":")
         return int(minutes or 0) * 60 + float(seconds)
 
-    def paid(self):
-        """A conversation of 10 turns -> (tokens paid for, share read from the cache)."""
-        del self.api.log[:]
+    def ps(self, column):
+        argv = ["ps", "-o", f"{column}=", "-p", str(self.process.pid)]
+        return subprocess.check_output(argv, text=True).strip()
+
+
+class Answer:
+    """A streamed chat completion: the time of each text delta, and the message."""
+
+    def __init__(self, begun, response):
+        chunks = []
+        self.text_times = []
+        for line in response:
+            if not line.startswith(b"data: {"):
+                continue
+            chunk = json.loads(line[len(b"data: ") :])
+            if "error" in chunk:
+                raise RuntimeError(chunk["error"]["message"])
+            chunks.append(chunk)
+            if chunk["choices"][0]["delta"].get("content"):
+                self.text_times.append(time.perf_counter())
+        if not self.text_times:
+            raise RuntimeError(f"no text in an answer with status {response.status}")
+        self.message = fold(chunks)[0]["message"]
+        self.first_text = self.text_times[0] - begun
+
+
+class Conversation:
+    """A chat, or an agent with a tool, that is asked the same text in each step."""
+
+    def __init__(self, text, system=None, with_tool=False):
+        self.text = text
+        self.parameters = {}
+        if with_tool:
+            self.text += " mock:tool=look"
+            self.parameters["tools"] = TOOLS
+        self.messages = []
+        if system:
+            self.messages.append({"role": "system", "content": system})
+        self.messages.append({"role": "user", "content": self.text})
+
+    def step(self, ask):
+        answer = ask(self.messages, **self.parameters)
+        self.messages.append(answer.message)
+        calls = answer.message.get("tool_calls", [])
+        for call in calls:
+            result = {"role": "tool", "tool_call_id": call["id"], "content": self.text}
+            self.messages.append(result)
+        if not calls:
+            self.messages.append({"role": "user", "content": self.text})
+        return answer
+
+
+# Workloads. Each is a function that calls `ask(messages, **parameters)` for each of its
+# requests. To add one, add a row to WORKLOADS.
+
+
+def one_agent(ask):
+    agent = Conversation("go on", "You are an agent.", with_tool=True)
+    for _ in range(10):
+        agent.step(ask)
+
+
+def two_agents(ask):
+    first = Conversation("go on", "You are an agent.", with_tool=True)
+    second = Conversation("look again", "You are another.", with_tool=True)
+    for _ in range(6):
+        first.step(ask)
+        second.step(ask)
+
+
+def chat_with_titles(ask):
+    chat = Conversation("Tell me more.", "You are a helpful assistant.")
+    for number in range(6):
+        chat.step(ask)
+        system = {"role": "system", "content": "Write a title for this conversation."}
+        user = {"role": "user", "content": f"Part {number} of the conversation."}
+        ask([system, user], model="haiku")
+
+
+def few_shot_prompts(ask):
+    examples = [
+        {"role": "system", "content": "Say whether a review is positive."},
+        {"role": "user", "content": "I like it."},
+        {"role": "assistant", "content": "positive"},
+        {"role": "user", "content": "It broke at once."},
+        {"role": "assistant", "content": "negative"},
+    ]
+    for number in range(12):
+        ask([*examples, {"role": "user", "content": f"Review number {number}."}])
+
+
+def tool_prompts(ask):
+    system = {"role": "system", "content": "Use the tool if you must."}
+    for number in range(12):
+        question = {"role": "user", "content": f"Question number {number}."}
+        ask([system, question], tools=TOOLS)
+
+
+WORKLOADS = {
+    "an agent's tool loop, 10 steps": one_agent,
+    "two agents by turns, 6 steps each": two_agents,
+    "a chat of 6 turns, a title after each": chat_with_titles,
+    "12 few-shot prompts": few_shot_prompts,
+    "12 prompts with a tool": tool_prompts,
+}
+
+
+class Bench:
+    """Measures a CLI and one or two versions of the server; prints a table.
+
+    `arguments` are passed on to the servers. What a method measures is in seconds.
+    """
+
+    def __init__(self, claude, paths, arguments):
+        self.claude = claude
+        self.arguments = arguments
+        self.api = MessagesAPI()
+        self.home = tempfile.mkdtemp()
+        self.environment = self.api.environment(self.home)
+        for name in ("PATH", "LANG", "TMPDIR"):
+            if name in os.environ:
+                self.environment[name] = os.environ[name]
+        self.servers = [BenchServer(self, path) for path in paths]
+
+    def close(self):
+        self.api.close()
+        shutil.rmtree(self.home, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def all_running(self, *arguments):
+        """All versions of the server, up at the same time."""
+        with contextlib.ExitStack() as stack:
+            for server in self.servers:
+                stack.enter_context(server.running(*arguments))
+            yield
+
+    # Measuring
+
+    def by_turns(self, measures, pause=0.0):
+        """Call the CLI by hand and each of `measures` RUNS times, by turns.
+
+        Returns their medians, first that of the CLI by hand.
+        """
+        measures = [self.direct, *measures]
+        values = [[] for _ in measures]
+        for _ in range(RUNS):
+            for measure, measured in zip(measures, values):
+                time.sleep(pause)
+                measured.append(measure())
+        return [statistics.median(measured) for measured in values]
+
+    def of_servers(self, measure):
+        """Return `measure` for each server, to be called without arguments."""
+        return [functools.partial(measure, server) for server in self.servers]
+
+    def bare(self):
+        """`claude -p` as a user would run it."""
+        argv = [self.claude, "-p", "hi", "--output-format", "stream-json", "--verbose"]
+        argv += ["--include-partial-messages", "--model", "sonnet"]
+        begun = time.perf_counter()
+        with subprocess.Popen(
+            argv,
+            env=self.environment,
+            cwd=self.home,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+        ) as process:
+            first = None
+            for line in process.stdout:
+                if first is None and b'"text_delta"' in line:
+                    first = time.perf_counter()
+        if first is None:
+            raise RuntimeError("`claude -p` printed no text")
+        return first - begun
+
+    def direct(self):
+        """A CLI that is already up and gets all it needs in one write."""
+        with DirectCLI(self) as cli:
+            system = f"system {time.time()}"
+            return cli.first_text(cli.initialize_line(system), cli.query_line("hi"))
+
+    def cold(self, server):
+        """A request for which a CLI must be started."""
+        return server.ask(f"cold {time.time()}").first_text
+
+    def fresh(self, server):
+        """The first request of a server that has been up for a while."""
+        with server.running(*self.arguments):
+            time.sleep(SPARES_SECONDS)
+            return server.ask("first").first_text
+
+    def next_turn(self, server):
+        """Return a measure: one more turn of a conversation of 10."""
+        history = []
+        for number in range(10):
+            history.append({"role": "user", "content": f"text {number}"})
+            history.append({"role": "assistant", "content": f"answer {number}"})
+
+        def measure():
+            question = f"next {len(history)}"
+            history.append({"role": "user", "content": question})
+            answer = server.ask(history)
+            history.append(answer.message)
+            return answer.first_text
+
+        measure()  # the first is a conversation that the server has not seen
+        return measure
+
+    def direct_steps(self, with_tool):
+        with DirectCLI(self, with_tool) as cli:
+            return cli.steps()
+
+    def server_steps(self, with_tool, server):
+        """Return the seconds of the steps of an agent or chat, less the API's."""
+        conversation = Conversation(STEP, with_tool=with_tool)
+        seconds = []
+        for _ in range(2 + STEPS):
+            answer = conversation.step(server.ask)
+            seconds.append(answer.first_text - API_MS / 1000)
+            time.sleep(STEP_PAUSE_SECONDS)
+        return seconds[2:]
+
+    def steps(self, with_tool):
+        """Two rounds of steps by turns -> medians, as by_turns()."""
+        direct = functools.partial(self.direct_steps, with_tool)
+        servers = self.of_servers(functools.partial(self.server_steps, with_tool))
+        measures = [direct, *servers]
+        values = [[] for _ in measures]
+        for _ in range(2):
+            for measure, measured in zip(measures, values):
+                measured.extend(measure())
+        return [statistics.median(measured) for measured in values]
+
+    def workload(self, server, workload):
+        """Return the median of warm requests, and the seconds of each request.
+
+        A warm one is a plain request to a server all of whose spare processes are up.
+        """
+        seconds = []
+
+        def ask(messages, **parameters):
+            time.sleep(BATCH_PAUSE_SECONDS)
+            answer = server.ask(messages, **parameters)
+            seconds.append(answer.first_text)
+            return answer
+
+        with server.running(*self.arguments):
+            warm = []
+            for number in range(WARM_REQUESTS):
+                time.sleep(SPARES_SECONDS)
+                warm.append(server.ask(f"warm {number}").first_text)
+            time.sleep(SPARES_SECONDS)
+            workload(ask)
+        return statistics.median(warm), seconds
+
+    def longest_gap(self, server):
+        answer = server.ask(f"mock:gap_ms={GAP_MS} mock:tokens=100")
+        times = answer.text_times
+        return max(after - before for before, after in zip(times, times[1:]))
+
+    def cpu_per_token(self, server):
+        count = 20000
+        before = server.cpu_seconds()
+        server.ask(f"mock:tokens={count}")
+        return (server.cpu_seconds() - before) / count
+
+    def paid(self, server):
+        """A conversation of 10 turns: tokens paid for, and the share from the cache."""
+        self.api.log.clear()
+        self.api.cache.entries.clear()
         history = [{"role": "system", "content": "system " * 285}]
         for number in range(10):
             history.append({"role": "user", "content": f"{number} " + "word " * 400})
-            history.append(self.ask(history)[1])
-        usages = [entry["usage"] for entry in self.api.log]
-        fresh, read, written = (sum(column) for column in zip(*usages))
-        return fresh + written, read / (fresh + read + written)
+            history.append(server.ask(history).message)
+        paid = 0
+        cached = 0
+        for entry in self.api.log:
+            uncached, read, written = entry["usage"]
+            paid += uncached + written
+            cached += read
+        return paid, cached / (paid + cached)
+
+    # Printing
 
     def run(self):
-        version = subprocess.check_output([self.claude, "--version"]).decode().split()[0]
-        print(f"Claude Code {version}, Python {sys.version.split()[0]}, "
-              f"{time.strftime('%Y-%m-%d')}, medians of {RUNS}")  # fmt: skip
-        print(f"{'to the first text':44} {'':10}  {'/ bare':>6}  {'/ up':>6}")
-        self.bare()
-        bare = self.median([self.bare() for _ in range(RUNS)])
+        self.print_versions()
+        self.bare()  # the first reads the CLI from the disk
+        bare = statistics.median(self.bare() for _ in range(RUNS))
+        with self.all_running("--spares", "0"):
+            for server in self.servers:
+                server.ask("warm up")
+            cold = self.by_turns(self.of_servers(self.cold))
+        print(f"\n{'to the first text':44} {'':>10} {'/ bare':>8} {'/ by hand':>10}")
+        self.print_row("bare `claude -p`", bare)
+        self.print_row("a CLI already up, fed by hand", cold[0], bare)
+        self.print_rows("server, cold", bare, cold)
+        fresh = self.by_turns(self.of_servers(self.fresh))
+        self.print_rows("first request of a fresh server", bare, fresh)
+        with self.all_running(*self.arguments):
+            for server in self.servers:
+                server.ask("warm up")
+            turns = [self.next_turn(server) for server in self.servers]
+            turn = self.by_turns(turns, pause=PAUSE_SECONDS)
+            self.print_rows("next turn of a conversation of 10", bare, turn)
+            chat = self.steps(with_tool=False)
+            self.print_rows("step of a chat, less the API's time", bare, chat)
+            agent = self.steps(with_tool=True)
+            self.print_rows("step of an agent with a tool, the same", bare, agent)
+            self.print_costs()
+        self.print_workloads()
 
-        def row(name, seconds, up=None):
-            ratios = [f"{seconds / x:6.2f}" if x else "" for x in (bare, up)]
-            print(f"{name:44} {seconds * 1000:7.0f} ms  {'  '.join(ratios)}", flush=True)
+    def print_versions(self):
+        argv = [self.claude, "--version"]
+        output = subprocess.check_output(argv, env=self.environment, text=True)
+        python = sys.version.split()[0]
+        date = time.strftime("%Y-%m-%d")
+        print(f"Claude Code {output.split()[0]}, Python {python}, {date}")
+        for server in self.servers:
+            argv = [sys.executable, server.path, "--version"]
+            version = subprocess.check_output(argv, text=True).strip()
+            print(f"{self.label(server)}{version}, {server.path}")
+        print(f"medians of {RUNS}, arguments {self.arguments}")
 
-        row("bare `claude -p`", bare)
-        with self.server("--spares", "0"):
-            self.ask("warm up")
-            cold, up = self.by_turns(lambda number: self.ask(f"cold {number}")[0])
-        row("a CLI already up, fed by hand", up, up)
-        row("server, cold", cold, up)
-        row("first request of a fresh server", *self.by_turns(self.fresh))
-        with self.server():
-            self.ask("warm up")
-            row("next turn of a conversation of 10", *self.next_turn())
-            row("step of a chat, less the API's time", *self.steps(tools=False))
-            row("step of an agent with a tool, the same", *self.steps(tools=True))
-            gaps = [b - a for a, b in zip(self.tokens_at, self.tokens_at[1:])]
-            print(f"longest gap between two tokens of it, {GAP_MS} ms apart: "
-                  f"{max(gaps) * 1000:.0f} ms")  # fmt: skip
-            tokens, before = 20000, self.cpu()
-            self.ask(f"mock:tokens={tokens}")
-            used = (self.cpu() - before) / tokens * 1000
-            print(f"server CPU per 1,000 tokens {used * 1000:.1f} ms; "
-                  f"RSS {int(self.of_process('rss')) / 1024:.1f} MB")  # fmt: skip
-            time.sleep(2)
-            paid, share = self.paid()
-        print(f"10 turns of 2,000 characters: {paid} input tokens paid for, "
-              f"{share:.0%} read from the cache")  # fmt: skip
+    def label(self, server):
+        """Return the letter of a version, or nothing if there is only one."""
+        if len(self.servers) == 1:
+            return ""
+        return "AB"[self.servers.index(server)] + ": "
+
+    def print_row(self, name, seconds, *others):
+        ratios = [f"{seconds / other:8.2f}" for other in others]
+        print(f"{name:44} {seconds * 1000:7.0f} ms {'   '.join(ratios)}", flush=True)
+
+    def print_rows(self, name, bare, medians):
+        """Print a row for each server. The first median is that of the CLI by hand."""
+        direct = medians[0]
+        for server, seconds in zip(self.servers, medians[1:]):
+            self.print_row(self.label(server) + name, seconds, bare, direct)
+
+    def print_costs(self):
+        print()
+        for server in self.servers:
+            gap = self.longest_gap(server) * 1000
+            cpu = self.cpu_per_token(server) * 1000 * 1000
+            memory = int(server.ps("rss")) / 1024
+            paid, share = self.paid(server)
+            print(
+                f"{self.label(server)}longest gap between tokens {GAP_MS} ms apart "
+                f"{gap:.0f} ms; server CPU per 1,000 tokens {cpu:.1f} ms; "
+                f"RSS {memory:.1f} MB\n"
+                f"{self.label(server)}10 turns of 2,000 characters: {paid} input tokens "
+                f"paid for, {share:.0%} read from the cache",
+                flush=True,
+            )
+
+    def print_workloads(self):
+        """Each workload has a server of its own, and the warm requests before it."""
+        print(f"\n{'to the first text, in ms':44} warm   median (/ warm)    worst")
+        for name, workload in WORKLOADS.items():
+            for server in self.servers:
+                warm, seconds = self.workload(server, workload)
+                row = f"{self.label(server) + name:44} {warm * 1000:4.0f}"
+                for value in (statistics.median(seconds), max(seconds)):
+                    row += f"   {value * 1000:6.0f} ({value / warm:4.1f})"
+                print(row, flush=True)
 
 
-if __name__ == "__main__":
-    named = sys.argv[sys.argv.index("--claude") + 1] if "--claude" in sys.argv else "claude"
-    bench = Bench(shutil.which(named) or sys.exit("--bench needs a real `claude`."))
+def run_benchmark():
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="test_claude_max_proxy.py")
+    parser.add_argument("--bench", action="store_true")
+    parser.add_argument("--claude", default="claude")
+    parser.add_argument("--against")
+    parser.add_argument("--spares")
+    options = parser.parse_args()
+    claude = shutil.which(options.claude)
+    if claude is None:
+        sys.exit(f"The benchmark needs a real `claude`; there is no {options.claude}.")
+    paths = [os.path.join(HERE, "claude_max_proxy.py")]
+    if options.against:
+        paths.append(os.path.abspath(options.against))
+    arguments = []
+    if options.spares:
+        arguments = ["--spares", options.spares]
+    bench = Bench(os.path.abspath(claude), paths, arguments)
     try:
         bench.run()
     finally:
         bench.close()
+
+
+if __name__ == "__main__":
+    sys.dont_write_bytecode = True
+    if "-h" in sys.argv or "--help" in sys.argv:
+        print_help()
+    elif "--bench" in sys.argv:
+        run_benchmark()
+    else:
+        run_tests()
     sys.exit()
 
-
-import pytest  # noqa: E402
+import pytest
 
 sys.path.insert(0, HERE)
-import claude_max_proxy as proxy  # noqa: E402
+import claude_max_proxy as proxy
 
-LOG = proxy.log  # for tests it is replaced
-SHORT = {"TICK_SECONDS": 0.05, "TERM_SECONDS": 0.3, "DRAIN_SECONDS": 0.1}
-vars(proxy).update(SHORT)  # in this process, and in those of running()
+# ── Helpers ──────────────────────────────────────────────────────────────────────
+# The tests reach the server's internals through the helpers here and through the
+# functions and tables of the module that they test. In the order of this block:
+# waiting, HTTP responses, messages and tools, parsing, CLI lines and what is written
+# for them, servers and their processes, the command, fixtures.
 
-# ── Harness ────────────────────────────────────────────────────────────────────────
+# In this process, and in the servers that server_process() starts.
+SHORT_TIMES = {
+    "POLL_SECONDS": 0.05,
+    "TERMINATE_SECONDS": 0.3,
+    "DRAIN_SECONDS": 0.1,
+    "RATE_LIMIT_EVENT_SECONDS": 0.02,
+}
+REAL_LOG = proxy.log  # the fixture log_lines replaces it
+
+# Waiting, sockets, threads.
 
 
-def until(condition, seconds=30.0):
-    """Wait for a condition; its value."""
+def wait_until(condition, seconds=30.0):
+    """Wait until `condition()` is true, and return its value."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         value = condition()
@@ -863,38 +1793,71 @@ def until(condition, seconds=30.0):
 
 
 def read_all(connection):
-    """What comes up to the end of a connection."""
-    return b"".join(iter(lambda: connection.recv(65536), b""))
+    """Read up to the end of a connection."""
+    data = b""
+    while True:
+        piece = connection.recv(65536)
+        if not piece:
+            return data
+        data += piece
 
 
 def read_until(connection, pattern):
-    """What comes up to something that matches -> the match."""
-    seen = b""
-    while not re.search(pattern, seen):
-        seen += connection.recv(65536) or pytest.fail(f"only {seen}")
-    return re.search(pattern, seen)
+    """Read until the data matches a regular expression, and return the match."""
+    data = b""
+    while True:
+        match = re.search(pattern, data)
+        if match:
+            return match
+        piece = connection.recv(65536)
+        if not piece:
+            pytest.fail(f"the connection ended after {data}")
+        data += piece
 
 
-def in_threads(*functions):
-    """Call each in a thread of its own -> their results."""
-    with concurrent.futures.ThreadPoolExecutor(len(functions)) as pool:
-        return [one.result() for one in [pool.submit(function) for function in functions]]
+def run_in_threads(*functions):
+    """Call each function in a thread of its own, and return their results in order."""
+    with concurrent.futures.ThreadPoolExecutor(len(functions)) as executor:
+        futures = [executor.submit(function) for function in functions]
+        return [future.result() for future in futures]
 
 
-class Result:
-    """A response: status, headers, json, and for a stream its chunks."""
+def write_script(path, text):
+    """Write an executable file, and return its path."""
+    with open(path, "w") as file:
+        file.write(text)
+    os.chmod(path, 0o755)
+    return str(path)
+
+
+# Responses.
+
+
+class Response:
+    """An HTTP response; `chunks` are the events of a stream."""
 
     def __init__(self, status, headers, raw):
-        self.status, self.headers, self.raw = status, headers, raw
+        self.status = status
+        self.headers = headers
+        self.raw = raw
         self.text = raw.decode()
-        self.json, self.chunks, self.done = None, [], False
+        self.json = None
+        self.chunks = []
+        self.done = False
         if "event-stream" in headers.get("Content-Type", ""):
-            lines = [block.split("\n")[-1] for block in self.text.split("\n\n") if block]
-            assert all(line.startswith("data: ") for line in lines), self.text
-            self.done = lines[-1] == "data: [DONE]"
-            self.chunks = [json.loads(line[6:]) for line in lines if line != "data: [DONE]"]
+            self.read_events()
         elif raw:
             self.json = json.loads(raw)
+
+    def read_events(self):
+        for block in self.text.split("\n\n"):
+            if not block:
+                continue
+            line = block.split("\n")[-1]
+            assert line.startswith("data: "), self.text
+            self.done = line == "data: [DONE]"
+            if not self.done:
+                self.chunks.append(json.loads(line[len("data: ") :]))
 
     @property
     def error(self):
@@ -905,6 +1868,11 @@ class Result:
         return self.json["choices"] if self.json else fold(self.chunks)
 
     @property
+    def deltas(self):
+        """The delta of each chunk of a stream with one choice."""
+        return [chunk["choices"][0]["delta"] for chunk in self.chunks]
+
+    @property
     def message(self):
         return self.choices[0]["message"]
 
@@ -913,88 +1881,612 @@ class Result:
         return self.message["content"]
 
     @property
-    def finish(self):
+    def finish_reason(self):
         return self.choices[0]["finish_reason"]
 
     @property
-    def calls(self):
-        return [(c["id"], c["function"]) for c in self.message.get("tool_calls", ())]
+    def tool_calls(self):
+        return self.message.get("tool_calls", [])
+
+    @property
+    def functions(self):
+        """The name and the arguments of each tool call."""
+        return [call["function"] for call in self.tool_calls]
 
 
-def result_of(connection):
-    """The response to what an HTTPConnection has asked."""
+def read_response(connection):
+    """Read the response to the last request of an HTTPConnection."""
     response = connection.getresponse()
-    return Result(response.status, response.headers, response.read())
+    return Response(response.status, response.headers, response.read())
 
 
-FAST_JSON = """
-import _json
-class Rules:
-    strict, object_hook, object_pairs_hook = True, None, None
-    parse_float, parse_int, parse_constant = float, int, float
-scan = _json.make_scanner(Rules)
-encode = _json.make_encoder(
-    None, None, _json.encode_basestring_ascii, None, ": ", ", ", False, False, True)
-loads = lambda text: scan(text, 0)[0]
-dumps = lambda value: "".join(encode(value, 0))
+# Messages, tools, and items of Responses requests.
+
+CITY_SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
+PARIS = '{"city":"Paris"}'
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+def system(content):
+    return {"role": "system", "content": content}
+
+
+def dialogue(*texts):
+    """Messages of the user and the assistant by turns."""
+    messages = []
+    for index, text in enumerate(texts):
+        messages.append(assistant(text) if index % 2 else user(text))
+    return messages
+
+
+def text_blocks(*texts):
+    return [{"type": "text", "text": text} for text in texts]
+
+
+def tool(name="get_weather", description="Weather of a city", parameters=None):
+    """A tool of a chat completion request."""
+    parameters = parameters or CITY_SCHEMA
+    function = {"name": name, "description": description, "parameters": parameters}
+    return {"type": "function", "function": function}
+
+
+def tool_call(name="get_weather", arguments=PARIS, call_id="call_1"):
+    function = {"name": name, "arguments": arguments}
+    return {"id": call_id, "type": "function", "function": function}
+
+
+def assistant_calls(*calls, content=None):
+    return {"role": "assistant", "content": content, "tool_calls": list(calls)}
+
+
+def tool_message(content="sunny", call_id="call_1"):
+    """The result of a tool call."""
+    return {"role": "tool", "tool_call_id": call_id, "content": content}
+
+
+def tool_loop():
+    """A question, a tool call and its result."""
+    return [user("a"), assistant_calls(tool_call()), tool_message()]
+
+
+PNG_DATA = "iVBORw0KGgo="
+
+
+def data_url(media_type, data=PNG_DATA):
+    return f"data:{media_type};base64,{data}"
+
+
+def image_part(url):
+    return {"type": "image_url", "image_url": {"url": url, "detail": "high"}}
+
+
+def file_part(data, **fields):
+    return {"type": "file", "file": {"file_data": data, **fields}}
+
+
+INTEGER_SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "integer"}},
+    "required": ["a"],
+}
+
+
+def json_schema_format(schema=None):
+    """A response_format."""
+    schema = schema or INTEGER_SCHEMA
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
+def item(item_type, **fields):
+    """An item of the input of a Responses request."""
+    return {"type": item_type, **fields}
+
+
+def function_tool(name="get_weather", **fields):
+    """A tool of a Responses request."""
+    return {"type": "function", "name": name, "parameters": CITY_SCHEMA, **fields}
+
+
+def function_call_item(call_id="call_1", arguments=PARIS, name="get_weather", **fields):
+    fields = {"name": name, "arguments": arguments, **fields}
+    return item("function_call", call_id=call_id, **fields)
+
+
+def call_output_item(
+    call_id="call_1", output="sunny", item_type="function_call_output"
+):
+    return item(item_type, call_id=call_id, output=output)
+
+
+NAMESPACE_TOOL = {
+    "type": "namespace",
+    "name": "mcp__w",
+    "tools": [function_tool("look")],
+}
+CUSTOM_TOOL = {"type": "custom", "name": "patch", "format": {"type": "text"}}
+
+# The same conversation as messages and as items. In the items, the last answer is a
+# reference to ANSWER_ID.
+IMAGE_URL = data_url("image/png")
+ANSWER_ID = "msg_2"
+CHAT_MESSAGES = [
+    system("S"),
+    user("a"),
+    assistant_calls(
+        tool_call(arguments="{}", call_id="i"),
+        tool_call(arguments="{", call_id="k"),
+        content="b",
+    ),
+    tool_message("r", "i"),
+    tool_message(
+        [*text_blocks("q"), {"type": "image_url", "image_url": {"url": IMAGE_URL}}], "k"
+    ),
+    user("c"),
+    system("late"),
+    assistant("d"),
+    user("e"),
+]
+INPUT_ITEMS = [
+    item("message", role="developer", content=[item("input_text", text="S")]),
+    user("a"),
+    item("reasoning", id="rs_1", summary=[], encrypted_content="x"),
+    function_call_item("i", "{}"),
+    item(
+        "message",
+        role="assistant",
+        id="msg_1",
+        status="completed",
+        phase=None,
+        content=[item("output_text", text="b", annotations=[])],
+    ),
+    function_call_item("k", "{"),
+    call_output_item("i", "r"),
+    call_output_item(
+        "k", [item("input_text", text="q"), item("input_image", image_url=IMAGE_URL)]
+    ),
+    user("c"),
+    system("late"),
+    item("item_reference", id="rs_1"),
+    item("item_reference", id=ANSWER_ID),
+    user("e"),
+]
+
+
+def mock_texts(*texts):
+    """Words for the stand-in CLI: say these pieces of text."""
+    return "mock:json=" + json.dumps(texts).replace(" ", "")
+
+
+# JSON values as trees.
+
+
+def paths_in(value, path=()):
+    """The paths of all values in a JSON value, its own path () first."""
+    yield path
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from paths_in(inner, (*path, key))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from paths_in(inner, (*path, index))
+
+
+def value_at(value, path):
+    for key in path:
+        value = value[key]
+    return value
+
+
+def dotted_path(path, index="[%d]"):
+    """A path as errors write it: messages[0].content."""
+    text = ""
+    for key in path:
+        if isinstance(key, int):
+            text += index.replace("%d", str(key))
+        else:
+            text += "." + key
+    return text.lstrip(".")
+
+
+def deep_copy(value):
+    """A copy of a JSON value that shares nothing with it."""
+    return json.loads(json.dumps(value))
+
+
+# Parsing of requests.
+
+
+class ParsedRequest:
+    """What the server understood of a request."""
+
+    def __init__(self, request):
+        self.request = request
+
+    def __eq__(self, other):
+        return self.request == other.request
+
+    def asks_the_same_as(self, other):
+        """Whether the CLI gets the same for both, whatever the client gets."""
+        mine = (self.request.prompt, self.request.decoding)
+        return mine == (other.request.prompt, other.request.decoding)
+
+    @property
+    def system(self):
+        return self.request.prompt.system
+
+    @property
+    def tools(self):
+        """The tools as MCP lists them."""
+        return self.request.prompt.tools
+
+    @property
+    def tool_names(self):
+        return [tool["name"] for tool in self.tools]
+
+    @property
+    def client_names(self):
+        """The client's name of each tool, by its name at the API."""
+        return self.request.decoding.tool_names
+
+    @property
+    def call_fields(self):
+        """What the item of a call has instead of the tool's name (Responses)."""
+        return self.request.output.call_fields
+
+    @property
+    def turns(self):
+        return self.request.prompt.turns
+
+    @property
+    def contents(self):
+        return [turn["content"] for turn in self.turns]
+
+    @property
+    def blocks(self):
+        return [block for content in self.contents for block in content]
+
+    @property
+    def tool_choice(self):
+        return json.loads(self.request.prompt.options.tool_choice or "{}")
+
+    @property
+    def thinking(self):
+        return self.request.prompt.options.thinking
+
+
+def context(cache=None):
+    """What parsing a request may refer to."""
+    return proxy.Context(proxy.ModelCatalog(), cache or proxy.AnswerCache())
+
+
+def parse_chat_body(body, cache=None):
+    return ParsedRequest(proxy.parse_chat(body, context(cache)))
+
+
+def parse_chat(messages="hi", cache=None, **parameters):
+    if isinstance(messages, str):
+        messages = [user(messages)]
+    return parse_chat_body(
+        {"model": "sonnet", "messages": messages, **parameters}, cache
+    )
+
+
+def parse_responses_body(body, cache=None):
+    return ParsedRequest(proxy.parse_response(body, context(cache)))
+
+
+def parse_responses(input_="hi", cache=None, **parameters):
+    return parse_responses_body(
+        {"model": "sonnet", "input": input_, **parameters}, cache
+    )
+
+
+def turns_of(*messages):
+    """The role and the content of each turn that chat messages become."""
+    turns = parse_chat(list(messages)).turns
+    return [(turn["role"], turn["content"]) for turn in turns]
+
+
+def error_of(parse, *arguments, **parameters):
+    """The error body and the status of a request that is refused."""
+    with pytest.raises(proxy.APIError) as caught:
+        parse(*arguments, **parameters)
+    return {"status": caught.value.status, **caught.value.to_json()}
+
+
+def bad_parameter(parse, *arguments, **parameters):
+    """The parameter that the 400 for a request names."""
+    error = error_of(parse, *arguments, **parameters)
+    assert error["status"] == 400
+    return error["param"]
+
+
+def accept_schema(schema):
+    """A schema as the API gets it, and whether the tool's input is wrapped."""
+    return proxy.to_tool_schema(proxy.JsonValue(schema, "x"))
+
+
+def parse_arguments_of_call(arguments):
+    """The input of a tool call at the API, for what the client calls arguments."""
+    return proxy.parse_options(proxy.JsonValue(arguments))
+
+
+def remembered_answer(blocks, model="claude-haiku-4-5"):
+    """The server's cache of an answer with the tool call call_1."""
+    cache = proxy.AnswerCache()
+    answer = proxy.SignedAnswer(model, "signer", blocks)
+    cache.add_signed_answer(["call_1"], answer)
+    return cache
+
+
+def lines_for_cli(parsed, version=(2, 1, 112)):
+    """All lines that the CLI gets for a request."""
+    prompt = parsed.request.prompt
+    state = proxy.state_before_query(prompt, version)
+    lines = [state.initialize.line(), *state.turns]
+    lines += proxy.query_lines(prompt, version)
+    return [json.loads(line.text) for line in lines]
+
+
+# What a CLI prints, and what the server makes of it, without a process.
+
+
+class InProcessCLI(StandIn):
+    """The stand-in CLI within this process; `printed` holds its lines."""
+
+    def __init__(self, tools):
+        super().__init__(["--model", "sonnet"])
+        self.tools = [{"name": name} for name in tools]
+        self.printed = []
+
+    def emit(self, line):
+        self.printed.append(line)
+
+    def go_on(self, names):
+        self.stream({"say": "AFTER"}, names)
+
+
+def cli_lines(words, tools=()):
+    """All lines that the CLI prints for a text of mock: words."""
+    cli = InProcessCLI(tools)
+    with contextlib.suppress(SystemExit):
+        cli.answer(user(text_blocks(words)))
+    return cli.printed
+
+
+def answer_lines(words, tools=()):
+    """The lines of the answer, without the init line before and the result behind."""
+    return cli_lines(words, tools)[1:-1]
+
+
+def event_line(event_type, **fields):
+    """A line with an event of the Messages API."""
+    return {"type": "stream_event", "event": {"type": event_type, **fields}}
+
+
+def message_start(**fields):
+    return event_line("message_start", message={"model": "m", "usage": {}, **fields})
+
+
+class Reply:
+    """The decoders of a request's answers, and the writer of their response."""
+
+    def __init__(self, parsed, writer_class):
+        request = parsed.request
+        answers = [proxy.Answer() for _ in range(request.output.choices)]
+        now = time.time()
+        self.answers = answers
+        self.decoders = [proxy.AnswerDecoder(request, one, now) for one in answers]
+        self.writer = writer_class(request, answers, "0", lambda: 0)
+
+
+def new_chat_reply(parsed):
+    return Reply(parsed, proxy.ChatWriter)
+
+
+def new_responses_reply(parsed):
+    return Reply(parsed, proxy.ResponseWriter)
+
+
+def write_events(reply, lines, index=0):
+    """Give CLI lines to an answer of a reply; return the events it sends for them."""
+    sent = ""
+    for line in lines:
+        for event in reply.decoders[index].decode(line):
+            sent += reply.writer.write(index, event)
+    return sent
+
+
+def write_failure(reply, status, message, code):
+    """The events of a reply that fails."""
+    return reply.writer.error(proxy.APIError(status, message, code))
+
+
+def finish_events(reply):
+    return reply.writer.end()
+
+
+def keep_alive_events(reply):
+    return reply.writer.keep_alive()
+
+
+def body_of(reply):
+    """The response body that the events add up to."""
+    return reply.writer.body()
+
+
+def decoded_text(*lines, **parameters):
+    """All text and arguments that a client gets for lines of a CLI."""
+    reply = new_chat_reply(parse_chat(**parameters))
+    text = ""
+    for line in lines:
+        for event in reply.decoders[0].decode(line):
+            if isinstance(event, proxy.ToolCallDelta):
+                text += event.arguments
+            else:
+                text += getattr(event, "text", "")
+    return text
+
+
+def ids_and_functions(response):
+    """The tool calls of a response, without the index that only a stream has."""
+    return [(call["id"], call["function"]) for call in response.tool_calls]
+
+
+def answer_of(lines, parsed):
+    """The completion for lines of a CLI; its stream must add up to the same."""
+    reply = new_chat_reply(parsed)
+    events = write_events(reply, lines) + finish_events(reply)
+    headers = {"Content-Type": "text/event-stream"}
+    stream = Response(200, headers, events.encode())
+    whole = Response(200, {}, json.dumps(body_of(reply)).encode())
+    assert stream.done
+    assert (stream.content or None) == (whole.content or None)
+    assert ids_and_functions(stream) == ids_and_functions(whole)
+    thoughts = whole.message.get("reasoning_content")
+    assert stream.message.get("reasoning_content") == thoughts
+    assert stream.finish_reason == whole.finish_reason
+    return stream, whole
+
+
+def chat_stream(words, **parameters):
+    """The stream of a chat completion for mock: words."""
+    parsed = parse_chat(stream=True, **parameters)
+    return answer_of(cli_lines(words, parsed.tool_names), parsed)[0]
+
+
+def chat_answer(words, **parameters):
+    """The chat completion for mock: words."""
+    parsed = parse_chat(stream=True, **parameters)
+    return answer_of(cli_lines(words, parsed.tool_names), parsed)[1]
+
+
+def chat_failure(words, **parameters):
+    """The APIError that is raised for mock: words."""
+    with pytest.raises(proxy.APIError) as caught:
+        chat_answer(words, **parameters)
+    return caught.value
+
+
+def responses_stream(words, **parameters):
+    """The events for mock: words at /v1/responses, and the response itself."""
+    reply = new_responses_reply(parse_responses(**parameters))
+    events = write_events(reply, answer_lines(words)) + finish_events(reply)
+    return events, body_of(reply)
+
+
+def decode_bytes(raw_lines, reply):
+    """Decode lines as bytes, check what is written for them, and return a status."""
+    try:
+        for raw_line in raw_lines:
+            line = proxy.parse_cli_line(raw_line)
+            if line is not None:
+                check_chunks(write_events(reply, [line]))
+        if all(answer.finish_reason for answer in reply.answers):
+            json.dumps(body_of(reply), allow_nan=False)
+        return 200
+    except proxy.APIError as error:
+        return error.status
+
+
+def check_chunks(text):
+    """Chunks hold one choice, and their texts are strings."""
+    for event in text.split("\n\n"):
+        if not event:
+            continue
+        (choice,) = json.loads(event[len("data: ") :])["choices"]
+        for channel in ("content", "reasoning_content"):
+            assert isinstance(choice["delta"].get(channel, ""), str)
+
+
+# The stand-in CLI as a program.
+
+CLI_VERSION = "2.1.332"
+
+
+def install_stand_in():
+    """Install this file as `claude`, and return its path.
+
+    It is compiled and runs without `site`, because each answer of a server starts it.
+    The script answers --version itself, for the same reason.
+    """
+    directory = tempfile.mkdtemp(prefix="stand-in-")
+    atexit.register(shutil.rmtree, directory)
+    compiled = os.path.join(directory, "stand_in.pyc")
+    py_compile.compile(__file__, cfile=compiled)
+    script = f"""#!/bin/sh
+[ "$1" = --version ] && exec echo "${{STAND_IN_VERSION:-{CLI_VERSION}}} (stand-in)"
+exec {sys.executable} -S -E {compiled} "$@"
 """
-FAST_CLAUDE = """#!/bin/sh
-[ "$1" = --version ] && exec echo "${STAND_IN_VERSION:-2.1.330} (stand-in)"
-exec %s -S -E %s/stand_in.pyc "$@"
-"""
+    return write_script(os.path.join(directory, "claude"), script)
 
 
-def make_stand_in():
-    """The stand-in as a program that starts fast: only its part of this file, compiled,
-    without site, and with a json that does without `re` -> its path."""
-    home = tempfile.mkdtemp(prefix="stand-in-")
-    atexit.register(shutil.rmtree, home)
-    with open(__file__, encoding="utf-8") as file:
-        parts = {"stand_in": file.read().partition("\nimport ast")[0]}
-    if json.scanner.c_make_scanner and json.encoder.c_make_encoder:
-        parts["json"] = FAST_JSON
-    for name, source in parts.items():
-        path = os.path.join(home, name)
-        with open(path + ".py", "w", encoding="utf-8") as file:
-            file.write(source)
-        py_compile.compile(path + ".py", cfile=path + ".pyc")
-        os.remove(path + ".py")
-    return script(os.path.join(home, "claude"), FAST_CLAUDE % (sys.executable, home))
+STAND_IN = install_stand_in()
 
 
-def script(path, text):
-    """Make a program of a text -> its path."""
-    with open(path, "w") as file:
-        file.write(text)
-    os.chmod(path, 0o755)
-    return str(path)
+# Servers and their processes.
+
+POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+# A request that ends its connection.
+LAST = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+
+# What a spare has been sent: whether system prompt and tools, and how many turns.
+BLANK = (False, 0)
 
 
-STAND_IN = make_stand_in()
+def primed(turns):
+    return (True, turns)
 
 
-class Proxy:
+class LocalServer:
     """A server in this process, on a port of its own."""
 
     def __init__(self, **settings):
         settings = {"port": 0, "claude": STAND_IN, "spares": 0, **settings}
         self.server = proxy.Server(proxy.Settings(**settings))
         self.port = self.server.server_port
+        self.service = self.server.service
+        self.pool = self.service.pool
+        self.ticks = 0
+        self.count_ticks()
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
 
+    def count_ticks(self):
+        tick = self.pool.tick
+
+        def counted_tick():
+            tick()
+            self.ticks += 1
+
+        self.pool.tick = counted_tick
+
+    def announce(self):
+        """Print the banner, and start the spares."""
+        proxy.announce(self.server)
+
     def close(self):
-        if not self.server.backend.stopping:
-            self.server.backend.stopping = True
-            self.server.backend.keeper.wake()
-            self.thread.join()
-            self.server.drain()
+        if self.service.is_stopping:
+            return
+        self.service.is_stopping = True
+        self.wake()
+        self.thread.join()
+        self.server.drain()
+
+    # Requests.
 
     def request(self, method, path, body=None, headers=None, timeout=30):
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         with contextlib.closing(connection):
             connection.request(method, path, body, headers or {})
-            return result_of(connection)
+            return read_response(connection)
 
     def post(self, body, path="/v1/chat/completions", headers=None):
         raw = body if isinstance(body, (bytes, str)) else json.dumps(body)
@@ -1003,89 +2495,322 @@ class Proxy:
 
     def chat(self, messages="hi", model="sonnet", **parameters):
         if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
+            messages = [user(messages)]
         return self.post({"model": model, "messages": messages, **parameters})
 
-    def respond(self, input="hi", **parameters):
-        body = {"model": "sonnet", "input": input, **parameters}
+    def respond(self, input_="hi", **parameters):
+        body = {"model": "sonnet", "input": input_, **parameters}
         return self.post(body, "/v1/responses")
 
-    def told(self, messages, **parameters):
-        """What the stand-in CLI was told for these messages."""
+    def health(self):
+        return self.request("GET", "/health").json
+
+    def received(self, messages, **parameters):
+        """What the stand-in CLI received for these messages and a last one."""
         if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        last = {"role": "user", "content": [{"type": "text", "text": "mock:show"}]}
-        reply = self.chat([*messages, last], **parameters)
-        assert reply.status == 200, reply.text
-        return json.loads(reply.content)
+            messages = [user(messages)]
+        last = user(text_blocks("mock:show"))
+        response = self.chat([*messages, last], **parameters)
+        assert response.status == 200, response.text
+        return json.loads(response.content)
 
     def connect(self):
         return socket.create_connection(("127.0.0.1", self.port), timeout=30)
 
-    def raw(self, data):
-        """Send bytes, read to the end of the connection -> bytes."""
+    def send_raw(self, data):
+        """Send bytes and no more, and return all that comes back."""
         with self.connect() as connection:
             connection.sendall(data)
             connection.shutdown(socket.SHUT_WR)
             return read_all(connection)
 
-    def quiet(self):
-        server, keeper = self.server, self.server.backend.keeper
-        keeper.wake()
-        return not (server.busy or server.backend.gate.active or keeper.live or keeper.dying)
+    # State.
+
+    def active(self):
+        """The number of processes that answer."""
+        return self.service.queue.counts()[0]
+
+    def waiting(self):
+        """The number of requests in the queue."""
+        return self.service.queue.counts()[1]
+
+    def is_busy(self):
+        """Whether a request is not answered yet."""
+        return self.server.is_busy()
+
+    def answering(self):
+        """The processes that answer."""
+        return list(self.pool.live)
+
+    def has_processes(self):
+        """Whether a process answers, or has been stopped and not been reaped."""
+        return self.pool.counts()[1] > 0
+
+    def is_idle(self):
+        """Whether all requests are answered and their processes reaped."""
+        self.wake()
+        return not (self.is_busy() or self.active() or self.has_processes())
+
+    def remembered(self):
+        """The number of answers that the server remembers."""
+        return len(self.service.cache.entries)
+
+    # The process pool.
+
+    def wake(self):
+        """Have the main thread look after the processes now."""
+        self.pool.wake()
+
+    def tick(self):
+        """Look after the processes, for a server whose main thread has ended."""
+        self.pool.tick()
+
+    def settle(self):
+        """Wait until the spares are as the pool wants them between requests."""
+        wait_until(self.is_idle)
+        for _ in range(2):  # a tick may have begun before
+            self.wait_for_tick()
+        wait_until(lambda: self.is_idle() and self.is_settled())
+
+    def wait_for_tick(self):
+        count = self.ticks
+
+        def has_ticked():
+            self.wake()
+            return self.ticks > count
+
+        wait_until(has_ticked)
+
+    def is_settled(self):
+        if self.pool.requested or self.pool.refill_is_due:
+            return False
+        return all(has_sent_all(process) for process in self.spares())
+
+    def spares(self):
+        """The spare processes, the one used least recently first."""
+        return list(self.pool.spares.processes)
+
+    def spare_pids(self):
+        return {process.process.pid for process in self.spares()}
+
+    def spare_states(self):
+        """What each spare has been sent, the most first."""
+        self.settle()
+        states = []
+        for process in self.spares():
+            is_initialized = process.sent.initialize is not None
+            states.append((is_initialized, len(process.sent.turns)))
+        return sorted(states, reverse=True)
+
+    def uses_spare(self, ask):
+        """Call `ask()`; return its result, and whether a spare has answered."""
+        self.settle()
+        before = self.spare_pids()
+        response = ask()
+        assert response.status == 200, response.text
+        self.settle()
+        return response, not before <= self.spare_pids()
+
+    def chat_with_spare(self, messages, **parameters):
+        """A chat request; its response, and whether a spare has answered."""
+        return self.uses_spare(lambda: self.chat(messages, **parameters))
+
+    def take_spare(self):
+        """Take a spare that fits a new conversation with the model sonnet, if any."""
+        binary = self.service.installation.find_binary()
+        return self.pool.take(binary, proxy.SentState("sonnet"))
+
+    def retire(self, process):
+        self.pool.retire(process, signal.SIGTERM)
+
+    def drop_spares(self):
+        self.pool.retire_spares()
+
+    def cli_directory(self):
+        """The directory that holds the directories of all processes."""
+        return self.pool.ensure_directory()
+
+    def share_cli_directory(self, other):
+        """Use the directory of another server, which removes it."""
+        self.pool.directory = other.cli_directory()
+
+    def leave_cli_directory(self):
+        self.pool.directory = ""
+
+    def replace_cli(self):
+        """Have the server believe that the CLI's file was replaced."""
+        installation = self.service.installation
+        binary = installation.binary
+        installation.binary = proxy.CliBinary(binary.path, binary.version, (0,))
+        self.wake()
+
+    def pretend_no_request_for(self, seconds):
+        self.pool.last_request_at -= seconds
 
 
-@pytest.fixture(scope="module")
-def shared():
-    running = Proxy()
-    yield running
-    running.close()
+def has_sent_all(process):
+    """Whether a process has been sent all lines, and has taken in its turns."""
+    return not (process.unsent or process.write_buffer or process.awaits_result)
 
 
-@pytest.fixture
-def server(shared):
-    yield shared
-    until(shared.quiet)
+def pid_of(process):
+    return process.process.pid
 
 
-@pytest.fixture
-def make(monkeypatch):
-    """Start servers with settings of their own."""
-    running = []
-
-    def start(**settings):
-        running.append(Proxy(**settings))
-        return running[-1]
-
-    yield start
-    for one in running:
-        one.close()
+def is_running(process):
+    return process.process.poll() is None
 
 
-def children(pid=None):
-    """The child processes of a process, by default ours: pid -> command."""
-    out = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True)
-    rows = [line.split(None, 2) for line in out.stdout.splitlines()]
-    parent = str(pid or os.getpid())
-    return {int(r[0]): r[2] for r in rows if r[1] == parent and "ps -A" not in r[2]}
+def turns_sent_to(process):
+    """The turns that a process has been sent before its query, as messages."""
+    return [json.loads(line.text)["message"] for line in process.sent.turns]
 
 
-@pytest.fixture(autouse=True)
-def logged():
-    """The lines logged. (The last ones may come when the test is over.)"""
-    lines = []
-    proxy.log = lines.append
-    return lines
+def texts_sent_to(process):
+    """The first text of each of these turns."""
+    return [turn["content"][0]["text"] for turn in turns_sent_to(process)]
 
 
-@pytest.fixture(autouse=True)
-def no_process_left():
-    """After each test; without waitid() only at the end, see nothing_left()."""
-    yield
-    until(lambda: not (hasattr(os, "waitid") and has_children()))
+def start_cli_process(path, directory):
+    """Start a CLI without a server around it."""
+    os.mkdir(os.path.join(directory, proxy.CLI_WORKDIR))
+    program = proxy.Program(path, (2, 1, 332), ())
+    return proxy.Claude(program, "x", str(directory))
 
 
-def has_children():
+def send_system_prompt(process, text):
+    process.send(proxy.SentState("x", proxy.initialize_options(text, [])))
+
+
+def wait_in_queue(waiting):
+    """What a request in a queue behind `waiting` others yields first."""
+    queue = proxy.RequestQueue(1)
+    for _ in range(waiting):
+        queue.waiting.append(object())
+    near, far = socket.socketpair()
+    with near, far:
+        steps = queue.acquire(1, proxy.ClientConnection(near))
+        with contextlib.closing(steps):
+            return next(steps)
+
+
+def send_chat(connection, text, stream, before=(), model="opus"):
+    """Send a chat request on an open connection, and do not read the response."""
+    messages = [*before, user(text)]
+    body = json.dumps({"model": model, "stream": stream, "messages": messages})
+    length = b"Content-Length: %d\r\n\r\n" % len(body)
+    connection.sendall(POST + length + body.encode())
+
+
+def open_request(port, text, stream, before=(), model="opus"):
+    """Send a chat request on a new connection, and return the connection."""
+    connection = socket.create_connection(("127.0.0.1", port), timeout=30)
+    send_chat(connection, text, stream, before, model)
+    return connection
+
+
+def health_of(port):
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    with contextlib.closing(connection):
+        connection.request("GET", "/health")
+        return read_response(connection).json
+
+
+def list_processes():
+    """(pid, parent's pid, command) of each process."""
+    argv = ["ps", "-A", "-o", "pid=,ppid=,args="]
+    output = subprocess.run(argv, capture_output=True, text=True).stdout
+    for line in output.splitlines():
+        pid, parent, command = line.split(None, 2)
+        if "ps -A" not in command:
+            yield int(pid), int(parent), command
+
+
+def child_processes(parent):
+    """The pids of the child processes of a process."""
+    return [pid for pid, ppid, _ in list_processes() if ppid == parent]
+
+
+def has_exited(pid):
+    """Whether no such process runs. (A zombie of another process counts as gone.)"""
+    if not os.path.exists("/proc/self/stat"):
+        argv = ["ps", "-o", "stat=", "-p", str(pid)]
+        output = subprocess.run(argv, capture_output=True, text=True).stdout
+        return output.strip()[:1] in ("", "Z")
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def read_child_pid(connection):
+    """Read the pid that an answer to mock:child tells."""
+    return int(read_until(connection, rb'content": "(\d+)"')[1])
+
+
+# The command.
+
+
+def run_command(*arguments, **env):
+    """Run the script, and return the CompletedProcess."""
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **env}
+    argv = [sys.executable, proxy.__file__, *arguments]
+    return subprocess.run(argv, capture_output=True, text=True, env=env, timeout=30)
+
+
+def can_connect(port):
+    with socket.socket() as connection:
+        return connection.connect_ex(("127.0.0.1", port)) == 0
+
+
+@contextlib.contextmanager
+def server_process(*arguments, redirection=""):
+    """The server as a process of its own; yields the process and its port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    code = f"import claude_max_proxy as p; vars(p).update({SHORT_TIMES}); p.main()"
+    argv = [sys.executable, "-c", code, "--port", str(port), "--claude", STAND_IN]
+    shell = ["sh", "-c", f'exec "$@" {redirection}', "sh"]
+    process = subprocess.Popen(
+        [*shell, *argv, *arguments], stderr=subprocess.PIPE, cwd=HERE
+    )
+    try:
+        wait_until(lambda: can_connect(port))
+        yield process, port
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def parse_arguments_exit(capsys, *arguments):
+    """Arguments that end the program: its exit code, stdout and stderr."""
+    with pytest.raises(SystemExit) as caught:
+        proxy.parse_options(list(arguments))
+    return (caught.value.code, *capsys.readouterr())
+
+
+def run_check(capsys, **settings):
+    """The exit code of --check, and what it prints."""
+    settings = {"port": 0, "claude": STAND_IN, **settings}
+    code = proxy.run_checks(proxy.Settings(**settings))
+    return code, capsys.readouterr().out
+
+
+def read_document(name):
+    path = os.path.join(HERE, name)
+    if not os.path.exists(path):
+        pytest.skip(f"{name} was not copied")
+    with open(path, encoding="utf-8") as document:
+        return document.read()
+
+
+# Fixtures.
+
+
+def has_child_processes():
     """Whether this process has any child, be it a zombie."""
     try:
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -1095,671 +2820,1786 @@ def has_children():
 
 
 @pytest.fixture(autouse=True, scope="module")
-def nothing_left(tmp_path_factory):
-    """At the end no child process, thread, or temporary directory more than before."""
-    before = set(threading.enumerate())
-    home = tmp_path_factory.mktemp("tmp")
+def short_times():
+    """Short waits of the server, for fast tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tempfile, "tempdir", str(home))
-        patch.setenv("TMPDIR", str(home))
+        for name, seconds in SHORT_TIMES.items():
+            patch.setattr(proxy, name, seconds)
         yield
-    until(lambda: set(threading.enumerate()) <= before)
-    assert not children()
-    assert not list(home.glob("claude-max-*"))
 
 
-POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
-LAST = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+@pytest.fixture(autouse=True, scope="module")
+def nothing_left_at_the_end(short_times, tmp_path_factory):
+    """No more child process, thread or temporary directory than before the tests."""
+    before = set(threading.enumerate())
+    directory = tmp_path_factory.mktemp("tmp")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(directory))
+        patch.setenv("TMPDIR", str(directory))
+        yield
+    wait_until(lambda: set(threading.enumerate()) <= before)
+    assert not child_processes(os.getpid())
+    assert not list(directory.glob("claude-max-*"))
+
+
+@pytest.fixture(autouse=True)
+def no_process_left():
+    """No child process after each test, where waitid() can tell."""
+    yield
+    if hasattr(os, "waitid"):
+        wait_until(lambda: not has_child_processes())
 
 
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
-
-
-def system(text):
-    return {"role": "system", "content": text}
-
-
-def ask_of(messages="hi", **parameters):
-    messages = [user(messages)] if isinstance(messages, str) else messages
-    return proxy.parse_chat({"model": "sonnet", "messages": messages, **parameters}, {})
-
-
-def turns_of(*messages):
-    return [(t["role"], t["content"]) for t in ask_of(list(messages)).turns]
-
-
-def text_blocks(*texts):
-    return [{"type": "text", "text": text} for text in texts]
-
-
-def error_of(parse, *arguments, **parameters):
-    """The error body of a request that is refused, and its status."""
-    with pytest.raises(proxy.APIError) as caught:
-        parse(*arguments, **parameters)
-    return {"status": caught.value.status, **caught.value.error}
-
-
-def fault(parse, *arguments, **parameters):
-    """Of a request that is refused -> (status, the parameter at fault)."""
-    error = error_of(parse, *arguments, **parameters)
-    return error["status"], error["param"]
-
-
-def refused(messages="hi", **parameters):
-    return error_of(ask_of, messages, **parameters)
-
-
-# What a CLI prints goes through Answer and Reply without a process, and without HTTP.
-
-
-class Printer(StandIn):
-    """The stand-in within this process."""
-
-    def __init__(self, tools):
-        super().__init__(["--model", "sonnet"])
-        self.tools, self.printed = [{"name": name} for name in tools], []
-
-    def emit(self, line):
-        self.printed.append(line)
-
-    def go_on(self, names):
-        self.stream({"say": "AFTER"}, names)
-
-
-def printed(text, tools=()):
-    """The lines that a CLI prints for a text of mock: words."""
-    printer = Printer(tools)
-    with contextlib.suppress(SystemExit):
-        printer.answer(user(text_blocks(text)))
-    return printer.printed
-
-
-def transcript(text, tools=()):
-    """The same without the first line, which lists the tools, and without the result."""
-    return printed(text, tools)[1:-1]
-
-
-def streamed(text, **parameters):
-    """What a client gets for what a CLI prints -> the stream, the Reply."""
-    ask = ask_of(stream=True, **parameters)
-    reply = proxy.Reply(ask, "id", time.time())
-    lines = printed(text, [tool["name"] for tool in ask.setup.tools])
-    sent = [reply.event(delta) for line in lines for delta in reply.answers[0].feed(line)]
-    events = "".join(sent) + reply.end()
-    return Result(200, {"Content-Type": "text/event-stream"}, events.encode()), reply
-
-
-def answered(text, **parameters):
-    """The completion of what a CLI prints; its stream must fold into the same."""
-    stream, reply = streamed(text, **parameters)
-    whole = Result(200, {}, json.dumps(reply.completion()).encode())
-    assert (stream.content or None, stream.calls) == (whole.content or None, whole.calls)
-    thoughts = [result.message.get("reasoning_content") for result in (stream, whole)]
-    assert thoughts[0] == thoughts[1] and stream.finish == whole.finish and stream.done
-    return whole
-
-
-def failed(text, **parameters):
-    """The APIError that is made of what a CLI prints."""
-    with pytest.raises(proxy.APIError) as caught:
-        streamed(text, **parameters)
-    return caught.value
-
-
-# ── Endpoints ──────────────────────────────────────────────────────────────────────
-
-
-def test_completion(server):
-    reply = server.chat("mock:tokens=2")
-    assert reply.status == 200
-    body = reply.json
-    assert re.fullmatch("chatcmpl-[0-9a-f]{24}", body["id"])
-    assert body["object"] == "chat.completion" and abs(body["created"] - time.time()) < 60
-    assert body["model"] == "claude-sonnet-mock"
-    message = {"role": "assistant", "content": "tok0 tok1 ", "refusal": None}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
-    assert body["choices"] == [choice]
-    usage = {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12}
-    usage["prompt_tokens_details"] = {"cached_tokens": 0}
-    usage["completion_tokens_details"] = {"reasoning_tokens": 0}
-    assert body["usage"] == usage
-
-
-def test_stream(server):
-    reply = server.chat("mock:tokens=2", stream=True)
-    assert reply.status == 200 and reply.done
-    assert reply.headers["Content-Type"] == "text/event-stream"
-    assert len({(c["id"], c["created"], c["model"]) for c in reply.chunks}) == 1
-    choices = [c["choices"][0] for c in reply.chunks]
-    deltas = [choice["delta"] for choice in choices]
-    first = {"role": "assistant", "content": ""}
-    assert deltas == [first, {"content": "tok0 "}, {"content": "tok1 "}, {}]
-    assert [choice["finish_reason"] for choice in choices] == [None] * 3 + ["stop"]
-    assert all("usage" not in chunk for chunk in reply.chunks)
-
-
-def test_include_usage(server):
-    reply = server.chat("hi", stream=True, stream_options={"include_usage": True})
-    assert [c["usage"] for c in reply.chunks[:-1]] == [None] * (len(reply.chunks) - 1)
-    assert reply.chunks[-1]["choices"] == []
-    assert reply.chunks[-1]["usage"]["prompt_tokens"] == 10
-
-
-def test_streamed_tokens_leave_as_they_come(server):
-    wish = "mock:tokens=2 mock:gap_ms=600000"
-    with send_request(server.port, wish, True) as connection:
-        read_until(connection, b"tok0")  # the second comes in ten minutes
-
-
-@pytest.mark.parametrize("path", ["/v1/models", "/models", "/v1/models/", "/models?x=1"])
-def test_models(server, path):
-    body = server.request("GET", path).json
-    assert body["object"] == "list"
-    assert [m["id"] for m in body["data"]] == proxy.KNOWN_MODELS
-    assert {m["object"] for m in body["data"]} == {"model"}
-
-
-@pytest.mark.parametrize("name", ["claude-opus-4", "sonnet", "claude-opus-4-1", "openai/haiku"])
-def test_model(server, name):
-    assert server.request("GET", f"/v1/models/{name}").json["id"] == name
-
-
-def test_model_unknown(server):
-    reply = server.request("GET", "/v1/models/gpt-4")
-    assert reply.status == 404 and reply.error["code"] == "model_not_found"
-
-
-def test_health(server):
-    body = server.request("GET", "/health").json
-    assert body["status"] == "ok" and body["version"] == proxy.__version__
-    assert body["claude"]["version"] == "2.1.330" and body["claude"]["logged_in"] is True
-    assert body["active"] == 0 and body["uptime"] >= 0
-
-
-@pytest.mark.parametrize("path", [
-    "/chat/completions",
-    "/v1/chat/completions/",
-    "/v1/chat/completions?api-version=1",
-])  # fmt: skip
-def test_paths_of_chat(server, path):
-    assert server.post({"model": "sonnet", "messages": [user("x")]}, path).status == 200
-
-
-def test_not_found_and_not_allowed(server):
-    assert server.request("GET", "/foo/models/opus").status == 404
-    reply = server.request("GET", "/v1/embeddings")
-    assert reply.status == 404 and "/v1/embeddings" in reply.error["message"]
-    reply = server.request("GET", "/v1/chat/completions")
-    assert reply.status == 405 and reply.headers["Allow"] == "POST, OPTIONS"
-    reply = server.request("DELETE", "/v1/models")
-    assert reply.status == 405 and "HEAD" in reply.headers["Allow"]
-    assert server.request("BREW", "/v1/models").status == 405
-
-
-def test_head(server):
-    reply = server.request("HEAD", "/health")
-    assert reply.status == 200 and int(reply.headers["Content-Length"]) > 10
-    assert reply.raw == b""
-
-
-def test_keep_alive_serves_one_request_after_another(server):
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
-    with contextlib.closing(connection):
-        for stream in (False, True, False):
-            body = json.dumps({"model": "sonnet", "stream": stream, "messages": [user("x")]})
-            connection.request("POST", "/v1/chat/completions", body)
-            assert result_of(connection).content == "You said: x "
-
-
-def test_json_ends_with_a_newline(server):
-    reply = server.request("GET", "/v1/models")
-    assert reply.text.endswith("}\n")
-    assert int(reply.headers["Content-Length"]) == len(reply.raw)
-
-
-def test_http_1_0_gets_no_chunked_body(server):
-    body = json.dumps({"model": "sonnet", "stream": True, "messages": [user("x")]})
-    head = "POST /v1/chat/completions HTTP/1.0\r\n"
-    request = f"{head}Content-Length: {len(body)}\r\n\r\n{body}"
-    with server.connect() as connection:
-        connection.sendall(request.encode())
-        reply = read_all(connection)
-    head, _, rest = reply.partition(b"\r\n\r\n")
-    assert b"Transfer-Encoding" not in head and rest.startswith(b"data: {")
-    assert rest.endswith(b"data: [DONE]\n\n")
-
-
-@pytest.mark.parametrize("asked", ["Keep-Alive", ""])
-def test_http_1_0_is_told_that_its_connection_is_not_kept(server, asked):
-    request = f"GET /health HTTP/1.0\r\nConnection: {asked}\r\n\r\n".encode()
-    head = server.raw(request).partition(b"\r\n\r\n")[0]
-    assert b"\r\nConnection: close" in head
-
-
-# ── Models and parameters ──────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize("name, cli", [
-    ("claude-opus-4", "opus"),
-    ("claude-sonnet-4", "sonnet"),
-    ("haiku", "haiku"),
-    ("claude-opus-4-1-20250805", "claude-opus-4-1-20250805"),
-    ("claude-sonnet-4-5[1m]", "claude-sonnet-4-5[1m]"),
-    ("claude-max/claude-opus-4", "opus"),
-    ("a/b/sonnet", "sonnet"),
-])  # fmt: skip
-def test_model_names(name, cli):
-    assert proxy.cli_model(name) == cli
-
-
-@pytest.mark.parametrize("name", [
-    "gpt-4o", "", "-p", "claude-x y", "claude-\n", "claude-;ls", "--model", "x/",
-    "claude-" + "x" * 200,
-])  # fmt: skip
-def test_model_names_refused(name):
-    error = refused(model=name)
-    assert error["status"] == 404 and error["code"] == "model_not_found"
-    assert "claude-opus-4" in error["message"] and error["param"] == "model"
-
-
+@pytest.fixture(autouse=True)
+def log_lines(monkeypatch):
+    """The lines that are logged during a test."""
+    lines = []
+    monkeypatch.setattr(proxy, "log", lines.append)
+    return lines
+
+
+@pytest.fixture(scope="module")
+def shared_server(nothing_left_at_the_end):
+    running = LocalServer()
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def server(shared_server):
+    """A server without spares that many tests share."""
+    yield shared_server
+    wait_until(shared_server.is_idle)
+
+
+@pytest.fixture
+def start_server():
+    """A function that starts servers with settings of their own."""
+    running = []
+
+    def start(**settings):
+        running.append(LocalServer(**settings))
+        return running[-1]
+
+    yield start
+    for one in running:
+        one.close()
+
+
+@pytest.fixture
+def spare_server(start_server):
+    """A server with up to two spares."""
+    return start_server(spares=2)
+
+
+@pytest.fixture
+def eager_server(server, monkeypatch):
+    """A server that keeps a stream alive after 20 ms of silence."""
+    monkeypatch.setattr(proxy, "KEEPALIVE_SECONDS", 0.02)
+    monkeypatch.setattr(proxy, "POLL_SECONDS", 0.02)
+    return server
+
+
+# ── Errors and settings ──────────────────────────────────────────────────────────
+
+
+def test_log_escapes_control_characters(capsys):
+    REAL_LOG("405 \x1b[31mGET\x07 /x \x85\n\ttotal=0.1")
+    line = capsys.readouterr().err
+    assert line.endswith(" 405 ?[31mGET? /x total=0.1\n")
+    assert line.count("\n") == 1
+
+
+def test_settings_from_environment(monkeypatch):
+    monkeypatch.setenv("CLAUDE_MAX_PROXY_PORT", "1234")
+    monkeypatch.setenv("CLAUDE_MAX_PROXY_VERBOSE", "1")
+    settings = proxy.parse_options([])[0]
+    assert settings == proxy.Settings(port=1234, verbose=True)
+    assert proxy.parse_options(["--port", "99"])[0].port == 99
+
+
+@pytest.mark.parametrize(
+    "arguments, env, message",
+    [
+        (["--port", "x"], {}, "--port"),
+        (["--port", "70000"], {}, "--port"),
+        (["--timeout", "-1"], {}, "--timeout"),
+        (["--nonsense"], {}, "--nonsense"),
+        (["--host", "0.0.0.0"], {}, "--api-key"),
+        ([], {"CLAUDE_MAX_PROXY_PORT": "many"}, "--port"),
+    ],
+)
+def test_settings_invalid(arguments, env, message, capsys, monkeypatch):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    code, out, error = parse_arguments_exit(capsys, *arguments)
+    assert code == 2
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not out
+
+
+def test_version_includes_hash_of_file(capsys):
+    out = parse_arguments_exit(capsys, "--version")[1]
+    assert re.fullmatch(r"claude_max_proxy \d+\.\d+\.\d+ \([0-9a-f]{12}\)\n", out)
+
+
+# ── JSON values ──────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "[]",
+        "5",
+        '"x"',
+        "null",
+        "{",
+        "",
+        "{'a':1}",
+        '{"a":NaN}',
+        "[" * 100000,
+        '{"a":"\xff"}'.encode("latin-1"),
+    ],
+)
+def test_json_invalid_body(server, body):
+    response = server.post(body)
+    assert response.status == 400
+    assert response.error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "member, status",
+    [
+        ('"user":"u"', 200),
+        ('"temperature":1e999', 400),
+        ('"max_tokens":' + "9" * 400, 400),
+        ('"max_tokens":' + "9" * 9999, 400),
+        ('"seed":' + "9" * 400, 200),
+        ('"metadata":' + "[" * 10000 + "]" * 10000, 400),
+    ],
+    ids=["plain", "infinite", "large", "huge", "large and ignored", "deep"],
+)
+def test_json_odd_values(server, member, status):
+    body = '{"model":"sonnet","messages":[{"role":"user","content":"x"}],%s}'
+    assert server.post(body % member).status == status
+
+
+def test_json_last_of_equal_names_counts(server):
+    body = '{"model":"x","model":"sonnet","messages":[{"role":"user","content":"x"}]}'
+    assert server.post(body).status == 200
+
+
+def test_json_lone_surrogate_is_replaced(server):
+    body = '{"model":"opus","messages":[{"role":"user","content":%s}]}'
+    response = server.post(body % r'"a\ud800b"')
+    assert response.content == "You said: a\ufffdb "
+    response = server.post(body % r'"a\ud800b \ud83d\ude00"')
+    assert response.content == "You said: a\ufffdb 😀 "
+
+
+# ── Tool schemas ─────────────────────────────────────────────────────────────────
+
+ODD_PROPERTIES = ["$filter", "@type", "ids[]", "a b", "名前", "x" * 65, "plain"]
+ODD_SCHEMA = {
+    "properties": dict.fromkeys(ODD_PROPERTIES, {}),
+    "required": ["a b"],
+}
+
+
+@pytest.mark.parametrize("schema", [{}, {"type": ["object", "null"]}])
+def test_schema_gets_type_object(schema):
+    assert accept_schema(schema) == ({"type": "object"}, False)
+
+
+def test_schema_booleans_become_schemas():
+    schema, _ = accept_schema({"properties": {"a": True, "b": False}})
+    assert schema["properties"] == {"a": {}, "b": {"not": {}}}
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {
+            "anyOf": [{"properties": {"a": {}}}, {"$ref": "#/$defs/x"}],
+            "description": "d",
+        },
+        {"properties": {"a b": {}}, "required": ["a b"]},
+    ],
+)
+def test_schema_not_allowed_at_top_is_wrapped(odd):
+    definitions = {"$defs": {"x": {"type": "string"}}}
+    schema, wrapped = accept_schema({**odd, **definitions})
+    assert wrapped
+    assert schema == {
+        "type": "object",
+        "properties": {"input": {**odd, "type": "object"}},
+        "required": ["input"],
+        **definitions,
+    }
+
+
+def test_schema_references_move_when_wrapped():
+    properties = {
+        "a": {"$ref": "#"},
+        "b": {"$ref": "#/properties/a"},
+        "c": {"$ref": "#/$defs/x"},
+    }
+    definitions = {"x": {"$ref": "#"}}
+    schema, _ = accept_schema(
+        {"anyOf": [{}], "properties": properties, "$defs": definitions}
+    )
+    inner = schema["properties"]["input"]["properties"]
+    assert inner["a"]["$ref"] == "#/properties/input"
+    assert inner["b"]["$ref"] == "#/properties/input/properties/a"
+    assert inner["c"]["$ref"] == "#/$defs/x"
+    assert schema["$defs"]["x"]["$ref"] == "#/properties/input"
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ({"items": [{"type": "any"}, True]}, {"prefixItems": [{}, {}]}),
+        ({"minimum": 0, "exclusiveMinimum": True}, {"minimum": 0}),
+        ({"maximum": 0, "exclusiveMaximum": False}, {"maximum": 0}),
+        ({"type": "file", "$id": "#x"}, {}),
+        (
+            {"required": ["a", "a"], "type": ["null", "null"]},
+            {"required": ["a"], "type": ["null"]},
+        ),
+        ({"items": [], "anyOf": []}, {}),
+        ({"minimum": "0", "maxLength": "9" * 5000}, {}),
+        ({"additionalProperties": "false"}, {}),
+        ({"type": ["string", "null"]}, {"type": ["string", "null"]}),
+        ({"items": {"properties": {"a": True}}}, {"items": {"properties": {"a": {}}}}),
+        ({"allOf": [{"type": "string"}]}, {"allOf": [{"type": "string"}]}),
+    ],
+)
+def test_schema_of_older_draft(old, new):
+    schema, _ = accept_schema({"properties": {"p": old}})
+    assert schema["properties"]["p"] == new
+
+
+def test_schema_type_that_is_no_string():
+    assert (
+        error_of(parse_chat, tools=[tool(parameters={"type": [{}]})])["status"] == 400
+    )
+    inner = {"properties": {"a": {"type": [{}]}}}
+    (accepted,) = parse_chat(tools=[tool(parameters=inner)]).tools
+    assert accepted["inputSchema"]["properties"] == {"a": {}}
+
+
+@pytest.mark.parametrize("depth, status", [(20, 200), (5000, 400)])
+def test_schema_depth(server, depth, status):
+    deep = '{"type":"object","properties":{"a":' * depth + "{}" + "}}" * depth
+    body = json.dumps({"model": "opus", "messages": [user("x")], "tools": [tool()]})
+    response = server.post(body.replace('{"type": "string"}', deep))
+    assert response.status == status
+    if status == 400:
+        assert "nested too deeply" in response.error["message"]
+
+
+def test_tool_long_description_moves_into_schema():
+    accepted = proxy.mcp_tool("a", "x" * 5000, {"description": "inner"})
+    assert len(accepted["description"]) < 2048
+    assert accepted["inputSchema"]["description"] == "x" * 5000 + "\n\ninner"
+
+
+@pytest.mark.parametrize("name", ["Edit", "ExitPlanMode", "ToolSearch"])
+def test_tool_name_reserved_by_cli_is_changed(name):
+    assert proxy.api_name(name) != name
+    assert parse_chat(tools=[tool(name)]).client_names[proxy.api_name(name)] == name
+
+
+def test_tool_name_and_call_id_that_the_api_refuses():
+    name = "functions.get weather:0"
+    call_id = "call:1/2"
+    api_name = proxy.api_name(name)
+    answer = chat_answer(f"mock:tool={api_name}", tools=[tool(name), tool("plain")])
+    assert answer.functions[0]["name"] == name
+    parsed = parse_chat(
+        [
+            user("a"),
+            assistant_calls(tool_call(name, call_id=call_id)),
+            tool_message(call_id=call_id),
+        ],
+        tools=[tool(name)],
+    )
+    use = parsed.contents[1][0]
+    result = parsed.contents[2][0]
+    assert use["name"] == api_name
+    assert parsed.tool_names == [api_name]
+    assert use["id"] == result["tool_use_id"] == proxy.api_name(call_id)
+    assert proxy.API_NAME.fullmatch(use["name"])
+    assert proxy.API_NAME.fullmatch(use["id"])
+
+
+def test_tool_names_stay_different_and_plain_ones_stay():
+    assert proxy.api_name("a.b") != proxy.api_name("a:b")
+    assert proxy.api_name("Bash") == "Bash"
+
+
+# ── Request parsing: parameters of chat completions ──────────────────────────────
+
+# A value of a wrong type, and a value of the right type, for each type of JSON.
 WRONG = {str: 5, int: "5", float: "x", bool: "yes", list: {}, dict: []}
 RIGHT = {str: "auto", int: 1, float: 0.5, bool: False, list: [], dict: {}}
+# A value of each refused parameter that asks for something.
+REFUSED = {
+    "logprobs": True,
+    "top_logprobs": 2,
+    "modalities": ["text", "audio"],
+    "audio": {},
+    "functions": [{}],
+    "function_call": "auto",
+    "web_search_options": {},
+}
 
 
-@pytest.mark.parametrize("name", list(proxy.PARAMETERS))
-def test_each_parameter_has_its_types(name):
-    row = proxy.PARAMETERS[name]
-    assert row.why and row.use in (proxy.HONOURED, proxy.IGNORED, proxy.REFUSED)
-    wrong = next(value for kind, value in WRONG.items() if type(value) not in row.kinds)
-    error = refused(**{name: wrong}) if name != "messages" else refused(wrong)
+def names_of(table, use):
+    """The parameters of a table that are honoured, ignored or refused."""
+    return [name for name, row in table.items() if row.treatment == use]
+
+
+def wrong_value(row):
+    """A value that has none of the types that a parameter may have."""
+    for value in WRONG.values():
+        if type(value) not in row.types:
+            return value
+    raise AssertionError("the parameter may have any type")
+
+
+@pytest.mark.parametrize("name", list(proxy.CHAT_PARAMETERS))
+def test_parameter_of_wrong_type(name):
+    row = proxy.CHAT_PARAMETERS[name]
+    assert row.reason
+    assert row.treatment in (proxy.HONOURED, proxy.IGNORED, proxy.REFUSED)
+    body = {"model": "sonnet", "messages": [user("x")], name: wrong_value(row)}
+    error = error_of(parse_chat_body, body)
     assert (error["status"], error["param"]) == (400, name)
     assert error["code"] == "invalid_type"
 
 
-@pytest.mark.parametrize("name", [n for n, p in proxy.PARAMETERS.items() if p.use == proxy.IGNORED])
-def test_ignored_parameters_change_nothing(name):
-    value = RIGHT[proxy.PARAMETERS[name].kinds[0]]
-    assert ask_of(**{name: value}) == ask_of() == ask_of(**{name: None}, unheard_of=1)
+@pytest.mark.parametrize("name", names_of(proxy.CHAT_PARAMETERS, proxy.IGNORED))
+def test_parameter_ignored_changes_nothing(name):
+    value = RIGHT[proxy.CHAT_PARAMETERS[name].types[0]]
+    assert parse_chat(**{name: value}) == parse_chat()
+    assert parse_chat(**{name: None}) == parse_chat()
 
 
-REFUSED = {"logprobs": True, "top_logprobs": 2, "modalities": ["text", "audio"], "audio": {}}
-REFUSED.update(functions=[{}], function_call="auto", web_search_options={})
+def test_parameter_unknown_is_ignored():
+    assert parse_chat(unheard_of=1) == parse_chat()
 
 
-@pytest.mark.parametrize("name", [n for n, p in proxy.PARAMETERS.items() if p.use == proxy.REFUSED])
-def test_refused_parameters(name):
-    error = refused(**{name: REFUSED[name]})
+@pytest.mark.parametrize("name", names_of(proxy.CHAT_PARAMETERS, proxy.REFUSED))
+def test_parameter_refused(name):
+    error = error_of(parse_chat, **{name: REFUSED[name]})
     assert (error["status"], error["param"]) == (400, name)
     assert error["code"] == "unsupported_parameter"
-    for value in proxy.HARMLESS:
-        if type(value) in proxy.PARAMETERS[name].kinds:
-            assert ask_of(**{name: value}) == ask_of()
+
+
+@pytest.mark.parametrize("name", names_of(proxy.CHAT_PARAMETERS, proxy.REFUSED))
+def test_parameter_refused_with_harmless_value(name):
+    for value in proxy.DEFAULT_VALUES:
+        if type(value) in proxy.CHAT_PARAMETERS[name].types:
+            assert parse_chat(**{name: value}) == parse_chat()
 
 
 @pytest.mark.parametrize("name", ["model", "messages"])
-def test_required_parameters(name):
+def test_parameter_required(name):
     body = {"model": "sonnet", "messages": [user("x")]}
     del body[name]
-    with pytest.raises(proxy.APIError) as caught:
-        proxy.parse_chat(body, {})
-    assert (caught.value.status, caught.value.error["param"]) == (400, name)
+    assert bad_parameter(parse_chat_body, body) == name
 
 
-@pytest.mark.parametrize("body", [
-    "[]", "5", '"x"', "null", "{", "", "{'a':1}", '{"a":NaN}', "[" * 100000,
-    '{"a":"\xff"}'.encode("latin-1"),
-])  # fmt: skip
-def test_bodies_that_are_no_request(server, body):
-    reply = server.post(body)
-    assert reply.status == 400 and reply.error["type"] == "invalid_request_error"
+def test_parameter_messages_empty():
+    assert bad_parameter(parse_chat, []) == "messages"
 
 
+@pytest.mark.xfail(reason="the order depends on PYTHONHASHSEED", strict=False)
+def test_parameter_named_is_the_first_bad_one_in_the_body():
+    names = ["temperature", "seed", "stop", "user", "n"]
+    for _ in names:
+        bad = dict.fromkeys(names, {})
+        chat = {**bad, "model": "sonnet", "messages": [user("x")]}
+        assert bad_parameter(parse_chat_body, chat) == names[0]
+        names.append(names.pop(0))
+    names = ["temperature", "instructions", "max_output_tokens", "user"]
+    for _ in names:
+        bad = dict.fromkeys(names, [])
+        responses = {**bad, "model": "sonnet", "input": "x"}
+        assert bad_parameter(parse_responses_body, responses) == names[0]
+        names.append(names.pop(0))
+
+
+# A request with something at every place that is looked at.
 # A request with something at every place that is looked at, and what is taken there
 # besides a value of the same JSON type: null, bool, int, float, str, list, dict by
 # their first letters, "*" for a place that nobody looks at.
-WHOLE = {
-    "model": "sonnet", "stream": True, "stream_options": {"include_usage": True},
-    "max_tokens": 5, "max_completion_tokens": 5, "stop": ["a"], "n": 1,
-    "parallel_tool_calls": True, "reasoning_effort": "low", "temperature": 1, "seed": 1,
-    "logit_bias": {"1": 1}, "user": "u", "metadata": {"a": "b"}, "store": False,
+WHOLE_CHAT = {
+    "model": "sonnet",
+    "stream": True,
+    "stream_options": {"include_usage": True},
+    "max_tokens": 5,
+    "max_completion_tokens": 5,
+    "stop": ["a"],
+    "n": 1,
+    "parallel_tool_calls": True,
+    "reasoning_effort": "low",
+    "temperature": 1,
+    "seed": 1,
+    "logit_bias": {"1": 1},
+    "user": "u",
+    "metadata": {"a": "b"},
+    "store": False,
     "tool_choice": {"type": "function", "function": {"name": "f"}},
-    "tools": [{"type": "function", "function": {
-        "name": "f", "description": "d", "strict": True, "parameters": {
-            "type": "object", "required": ["a"],
-            "properties": {"a": {"type": "string"}},
-        }}}],
-    "response_format": {"type": "json_schema", "json_schema": {
-        "name": "n", "strict": True, "schema": {
-            "type": "object", "properties": {"b": {"anyOf": [{"type": "string"}]}},
-        }}},
+    "tools": [
+        {
+            "type": "function",
+            "function": {
+                "name": "f",
+                "description": "d",
+                "strict": True,
+                "parameters": {
+                    "type": "object",
+                    "required": ["a"],
+                    "properties": {"a": {"type": "string"}},
+                },
+            },
+        }
+    ],
+    "response_format": {
+        "type": "json_schema",
+        "json_schema": {
+            "name": "n",
+            "strict": True,
+            "schema": {
+                "type": "object",
+                "properties": {"b": {"anyOf": [{"type": "string"}]}},
+            },
+        },
+    },
     "messages": [
         {"role": "system", "name": "n", "content": [{"type": "text", "text": "s"}]},
-        {"role": "user", "content": [
-            {"type": "text", "text": "t"},
-            {"type": "image_url", "image_url": {"url": "https://x/y", "detail": "low"}},
-            {"type": "file", "file": {"filename": "a", "file_data": "AAAA"}},
-        ]},
-        {"role": "assistant", "content": "c", "refusal": None, "tool_calls": [
-            {"id": "i", "type": "function", "function": {"name": "f", "arguments": "{}"}},
-        ]},
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "t"},
+                {
+                    "type": "image_url",
+                    "image_url": {"url": "https://x/y", "detail": "low"},
+                },
+                {"type": "file", "file": {"filename": "a", "file_data": "AAAA"}},
+            ],
+        },
+        {
+            "role": "assistant",
+            "content": "c",
+            "refusal": None,
+            "tool_calls": [
+                {
+                    "id": "i",
+                    "type": "function",
+                    "function": {"name": "f", "arguments": "{}"},
+                },
+            ],
+        },
         {"role": "tool", "tool_call_id": "i", "content": "r"},
     ],
-}  # fmt: skip
-TAKEN = {
-    "stop": "ns", "temperature": "nf", "tool_choice": "n", "response_format": "n",
-    "tools[].function.description": "n", "tools[].function.strict": "*",
-    "tools[].function.parameters": "n", "tools[].function.parameters.required": "n",
+}
+# What is taken at a place besides a value of the same type: null, bool, int, float, str,
+# list, dict by their first letters, "*" where nobody looks.
+# (After `messages[].tool_calls: null` there is a result whose call was not made.)
+ACCEPTED = {
+    "stop": "ns",
+    "temperature": "nf",
+    "tool_choice": "n",
+    "response_format": "n",
+    "tools[].function.description": "n",
+    "tools[].function.strict": "*",
+    "tools[].function.parameters": "n",
+    "tools[].function.parameters.required": "n",
     "tools[].function.parameters.properties": "n",
     "tools[].function.parameters.type": "n",
     "response_format.json_schema.schema.type": "n",
     "tools[].function.parameters.properties.a": "b",
     "tools[].function.parameters.properties.a.type": "*",
-    "response_format.json_schema.name": "*", "response_format.json_schema.strict": "*",
+    "response_format.json_schema.name": "*",
+    "response_format.json_schema.strict": "*",
     "response_format.json_schema.schema.properties": "n",
     "response_format.json_schema.schema.properties.b": "b",
     "response_format.json_schema.schema.properties.b.anyOf": "n",
     "response_format.json_schema.schema.properties.b.anyOf[]": "b",
     "response_format.json_schema.schema.properties.b.anyOf[].type": "*",
-    "logit_bias.1": "*", "metadata.a": "*", "messages[].name": "*",
-    "messages[].content": "nsl", "messages[].content[]": "s",
-    "messages[].content[].image_url": "s", "messages[].content[].image_url.detail": "*",
-    "messages[].content[].file.filename": "n", "messages[].refusal": "*",
-    "messages[].tool_calls[].type": "*", "tools[].type": "n", "tool_choice.type": "n",
+    "logit_bias.1": "*",
+    "metadata.a": "*",
+    "messages[].name": "*",
+    "messages[].content": "nsl",
+    "messages[].content[]": "s",
+    "messages[].content[].image_url": "s",
+    "messages[].content[].image_url.detail": "*",
+    "messages[].content[].file.filename": "n",
+    "messages[].refusal": "*",
+    "messages[].tool_calls[].type": "*",
+    "tools[].type": "n",
+    "tool_choice.type": "n",
     "messages[].tool_calls[].function.arguments": "n",
-}  # fmt: skip
-OPTIONAL = "stream stream_options stream_options.include_usage max_tokens n seed user".split()
-OPTIONAL += "max_completion_tokens parallel_tool_calls reasoning_effort store".split()
-TAKEN.update(dict.fromkeys([*OPTIONAL, "logit_bias", "metadata"], "n"))
-# (The call after `messages[].tool_calls: null` is answered, but was not made.)
+    "stream": "n",
+    "stream_options": "n",
+    "stream_options.include_usage": "n",
+    "max_tokens": "n",
+    "max_completion_tokens": "n",
+    "n": "n",
+    "seed": "n",
+    "user": "n",
+    "parallel_tool_calls": "n",
+    "reasoning_effort": "n",
+    "store": "n",
+    "logit_bias": "n",
+    "metadata": "n",
+}
+# A value of each type, by its letter.
 SAMPLES = {"n": None, "b": True, "i": 7, "f": 1.5, "s": "https://x", "l": [[]], "d": {}}
-TYPES = {bool: "b", int: "i", float: "f", str: "s", list: "l", dict: "d", type(None): "n"}
+LETTERS = {
+    type(None): "n",
+    bool: "b",
+    int: "i",
+    float: "f",
+    str: "s",
+    list: "l",
+    dict: "d",
+}
 
 
-def places(value, path=()):
-    """The paths of all values in a JSON value, its own first."""
-    yield path
-    if isinstance(value, (dict, list)):
-        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from places(inner, (*path, key))
-
-
-def at(value, path):
-    for key in path:
-        value = value[key]
-    return value
-
-
-def written(path, index="[%d]"):
-    words = [index.replace("%d", str(k)) if isinstance(k, int) else "." + k for k in path]
-    return "".join(words).lstrip(".")
-
-
-@pytest.mark.parametrize("path", list(places(WHOLE))[1:], ids=written)
-def test_wrong_types_are_refused_at_every_place(path):
-    taken = TAKEN.get(written(path, "[]"), "")
-    for kind, sample in SAMPLES.items():
-        if kind in taken or taken == "*" or kind == TYPES[type(at(WHOLE, path))]:
+@pytest.mark.parametrize("path", list(paths_in(WHOLE_CHAT))[1:], ids=dotted_path)
+def test_parameter_wrong_types_at_every_place(path):
+    accepted = ACCEPTED.get(dotted_path(path, "[]"), "")
+    if accepted == "*":
+        return
+    accepted += LETTERS[type(value_at(WHOLE_CHAT, path))]
+    for letter, sample in SAMPLES.items():
+        if letter in accepted:
             continue
-        body = json.loads(json.dumps(WHOLE))
-        at(body, path[:-1])[path[-1]] = sample
-        with pytest.raises(proxy.APIError) as caught:
-            proxy.parse_chat(body, {})
-        assert caught.value.status == 400
-        head = caught.value.error["param"].split(".")[0].split("[")[0]
-        assert head == path[0] or (head, path[0]) == ("tool_choice", "tools")
+        body = deep_copy(WHOLE_CHAT)
+        value_at(body, path[:-1])[path[-1]] = sample
+        named = re.split(r"[.\[]", bad_parameter(parse_chat_body, body))[0]
+        # Where a tool is wrong, tool_choice may name one that is not there.
+        assert named == path[0] or (named, path[0]) == ("tool_choice", "tools")
 
 
-def test_odd_numbers_and_keys(server):
-    body = '{"model":"x","model":"sonnet","messages":[{"role":"user","content":"x"}],%s}'
-    assert server.post(body % '"user":"u"').status == 200  # the last one counts
-    assert server.post(body % '"temperature":1e999').status == 400
-    assert server.post(body % ('"max_tokens":' + "9" * 400)).status == 400
-    assert server.post(body % ('"max_tokens":' + "9" * 9999)).status == 400
-    assert server.post(body % ('"seed":' + "9" * 400)).status == 200
-    assert server.post(body % ('"metadata":' + "[" * 10000 + "]" * 10000)).status == 400
-    reply = server.post((body % '"user":"u"').replace('"content":"x"', '"content":"a\\ud800b"'))
-    assert reply.content == "You said: a\ufffdb "
+@pytest.mark.parametrize(
+    "parameters, param",
+    [
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"reasoning_effort": "enormous"}, "reasoning_effort"),
+        ({"stop": ["a"] * 5}, "stop"),
+        ({"stop": [5]}, "stop[0]"),
+        ({"n": 0}, "n"),
+        ({"n": 9}, "n"),
+    ],
+)
+def test_parameter_value_out_of_range(parameters, param):
+    assert bad_parameter(parse_chat, **parameters) == param
 
 
-def test_max_tokens(server):
-    told = server.told("x", max_tokens=5000)
-    assert told["env"]["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] == "5000"
-    assert "CLAUDE_CODE_DISABLE_THINKING" not in told["env"]
-    told = server.told("x", max_completion_tokens=100, max_tokens=5000)
-    assert told["env"]["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] == "100"
-    assert told["env"]["CLAUDE_CODE_DISABLE_THINKING"] == "1"
-    assert refused(max_tokens=0)["param"] == "max_tokens"
+@pytest.mark.parametrize(
+    "model, tokens, thinking",
+    [
+        ("claude-haiku-4-5", 3000, False),
+        ("claude-haiku-4-5", 5000, True),
+        ("claude-sonnet-4-5[1m]", 3000, False),
+        ("opus", 3000, True),
+    ],
+)
+def test_max_tokens_leaves_room_for_thinking(model, tokens, thinking):
+    assert parse_chat(model=model, max_tokens=tokens).thinking is thinking
 
 
-@pytest.mark.parametrize("effort, flag", [("minimal", "low"), ("low", "low"), ("max", "max")])
-def test_reasoning_effort(server, effort, flag):
-    told = server.told("x", reasoning_effort=effort)
-    assert told["env"]["CLAUDE_CODE_EFFORT_LEVEL"] == flag
+# ── Request parsing: models ──────────────────────────────────────────────────────
 
 
-def test_reasoning_effort_none(server):
-    told = server.told("x", reasoning_effort="none")
-    assert told["env"]["CLAUDE_CODE_DISABLE_THINKING"] == "1"
-    assert "--effort" not in told["argv"]
-    assert refused(reasoning_effort="enormous")["param"] == "reasoning_effort"
+@pytest.mark.parametrize(
+    "name, cli",
+    [
+        ("claude-opus-4", "opus"),
+        ("claude-sonnet-4", "sonnet"),
+        ("haiku", "haiku"),
+        ("claude-opus-4-1-20250805", "claude-opus-4-1-20250805"),
+        ("claude-sonnet-4-5[1m]", "claude-sonnet-4-5[1m]"),
+        ("claude-max/claude-opus-4", "opus"),
+        ("a/b/sonnet", "sonnet"),
+    ],
+)
+def test_model_name(name, cli):
+    assert proxy.ModelCatalog().find(name).cli_name == cli
 
 
-# ── Messages ───────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt-4o",
+        "",
+        "-p",
+        "claude-x y",
+        "claude-\n",
+        "claude-;ls",
+        "--model",
+        "x/",
+        "claude-" + "x" * 200,
+    ],
+)
+def test_model_name_unknown(name):
+    error = error_of(parse_chat, model=name)
+    assert error["status"] == 404
+    assert error["code"] == "model_not_found"
+    assert error["param"] == "model"
+    assert "claude-opus-4" in error["message"]
 
 
-def test_head_system_texts_are_the_system_prompt():
-    ask = ask_of([system("a"), {"role": "developer", "content": text_blocks("b")}, user("c")])
-    assert ask.setup.system == "a\n\nb" and len(ask.turns) == 1
+# ── Request parsing: messages ────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("messages, turns", [
-    ([user("a"), assistant("b"), user("c")],
-     [("user", ["a"]), ("assistant", ["b"]), ("user", ["c"])]),
-    ([user("a"), user("b")], [("user", ["a", "b"])]),
-    ([user("a"), assistant("b"), assistant("c"), user("d")],
-     [("user", ["a"]), ("assistant", ["b", "c"]), ("user", ["d"])]),
-    ([user(text_blocks("a", "", " \n", "b"))], [("user", ["a", "b"])]),
-    ([user("a"), assistant(""), user("b")], [("user", ["a", "b"])]),
-    ([assistant("a"), user("b")], [("user", ["Begin."]), ("assistant", ["a"]), ("user", ["b"])]),
-    ([user("a"), assistant("b")], [("user", ["a"]), ("assistant", ["b"]), ("user", ["Continue."])]),
-    ([user("a"), system("be nice"), user("b")],
-     [("user", ["a", "<system>\nbe nice\n</system>", "b"])]),
-    ([user(["a", "b"])], [("user", ["a", "b"])]),
-    ([system("a")], [("user", ["Begin."])]),
-    ([user("")], [("user", ["Begin."])]),
-    ([user("a"), assistant([{"type": "refusal", "refusal": "no"}]), user("b")],
-     [("user", ["a"]), ("assistant", ["no"]), ("user", ["b"])]),
-])  # fmt: skip
-def test_turns(messages, turns):
-    assert turns_of(*messages) == [(role, text_blocks(*texts)) for role, texts in turns]
+def test_messages_system_at_the_head_is_the_system_prompt():
+    developer = {"role": "developer", "content": text_blocks("b")}
+    parsed = parse_chat([system("a"), developer, user("c")])
+    assert parsed.system == "a\n\nb"
+    assert len(parsed.turns) == 1
 
 
-@pytest.mark.parametrize("message, param", [
-    (5, "messages[0]"),
-    ({}, "messages[0].role"),
-    ({"role": "wizard"}, "messages[0].role"),
-    ({"role": "function", "name": "f", "content": "x"}, "messages[0].role"),
-    ({"role": "user", "content": 5}, "messages[0].content"),
-    ({"role": "user", "content": [5]}, "messages[0].content[0]"),
-    ({"role": "user", "content": [{}]}, "messages[0].content[0].type"),
-    ({"role": "user", "content": [{"type": "text"}]}, "messages[0].content[0].text"),
-    ({"role": "user", "content": [{"type": "input_audio"}]}, "messages[0].content[0].type"),
-    ({"role": "system", "content": [{"type": "image_url"}]}, "messages[0].content[0].type"),
-    ({"role": "assistant", "audio": {"id": "a"}}, "messages[0].audio"),
-    ({"role": "assistant", "tool_calls": 5}, "messages[0].tool_calls"),
-    ({"role": "assistant", "tool_calls": [5]}, "messages[0].tool_calls[0]"),
-    ({"role": "assistant", "tool_calls": [{"id": "a"}]}, "messages[0].tool_calls[0].function.name"),
-    ({"role": "tool", "content": "x"}, "messages[0].tool_call_id"),
-    ({"role": "user"}, "messages[0].content"),
-    ({"role": "user", "content": None}, "messages[0].content"),
-    ({"role": "system", "content": None}, "messages[0].content"),
-    ({"role": "developer"}, "messages[0].content"),
-])  # fmt: skip
-def test_messages_refused(message, param):
-    assert fault(ask_of, [message]) == (400, param)
+@pytest.mark.parametrize(
+    "messages, turns",
+    [
+        (
+            [user("a"), assistant("b"), user("c")],
+            [("user", ["a"]), ("assistant", ["b"]), ("user", ["c"])],
+        ),
+        ([user("a"), user("b")], [("user", ["a", "b"])]),
+        (
+            [user("a"), assistant("b"), assistant("c"), user("d")],
+            [("user", ["a"]), ("assistant", ["b", "c"]), ("user", ["d"])],
+        ),
+        ([user(text_blocks("a", "", " \n", "b"))], [("user", ["a", "b"])]),
+        ([user("a"), assistant(""), user("b")], [("user", ["a", "b"])]),
+        (
+            [assistant("a"), user("b")],
+            [("user", ["Begin."]), ("assistant", ["a"]), ("user", ["b"])],
+        ),
+        (
+            [user("a"), assistant("b")],
+            [("user", ["a"]), ("assistant", ["b"]), ("user", ["Continue."])],
+        ),
+        (
+            [user("a"), system("be nice"), user("b")],
+            [("user", ["a", "<system>\nbe nice\n</system>", "b"])],
+        ),
+        ([user(["a", "b"])], [("user", ["a", "b"])]),
+        ([system("a")], [("user", ["Begin."])]),
+        ([user("")], [("user", ["Begin."])]),
+        (
+            [user("a"), assistant([{"type": "refusal", "refusal": "no"}]), user("b")],
+            [("user", ["a"]), ("assistant", ["no"]), ("user", ["b"])],
+        ),
+    ],
+)
+def test_messages_become_turns(messages, turns):
+    expected = [(role, text_blocks(*texts)) for role, texts in turns]
+    assert turns_of(*messages) == expected
 
 
-def test_a_tool_result_needs_content_and_a_call_does_not():
+@pytest.mark.parametrize(
+    "message, param",
+    [
+        (5, "messages[0]"),
+        ({}, "messages[0].role"),
+        ({"role": "wizard"}, "messages[0].role"),
+        ({"role": "function", "name": "f", "content": "x"}, "messages[0].role"),
+        ({"role": "user", "content": 5}, "messages[0].content"),
+        ({"role": "user", "content": [5]}, "messages[0].content[0]"),
+        ({"role": "user", "content": [{}]}, "messages[0].content[0].type"),
+        (
+            {"role": "user", "content": [{"type": "text"}]},
+            "messages[0].content[0].text",
+        ),
+        (
+            {"role": "user", "content": [{"type": "input_audio"}]},
+            "messages[0].content[0].type",
+        ),
+        (
+            {"role": "system", "content": [{"type": "image_url"}]},
+            "messages[0].content[0].type",
+        ),
+        ({"role": "assistant", "audio": {"id": "a"}}, "messages[0].audio"),
+        ({"role": "assistant", "tool_calls": 5}, "messages[0].tool_calls"),
+        ({"role": "assistant", "tool_calls": [5]}, "messages[0].tool_calls[0]"),
+        (
+            {"role": "assistant", "tool_calls": [{"id": "a"}]},
+            "messages[0].tool_calls[0].function.name",
+        ),
+        ({"role": "tool", "content": "x"}, "messages[0].tool_call_id"),
+        ({"role": "user"}, "messages[0].content"),
+        ({"role": "user", "content": None}, "messages[0].content"),
+        ({"role": "system", "content": None}, "messages[0].content"),
+        ({"role": "developer"}, "messages[0].content"),
+    ],
+)
+def test_messages_invalid(message, param):
+    assert bad_parameter(parse_chat, [message]) == param
+
+
+def test_messages_tool_result_needs_content_and_a_call_does_not():
     call = {"id": "a", "type": "function", "function": {"name": "f"}}
-    called = {"role": "assistant", "content": None, "tool_calls": [call]}
-    result = {"role": "tool", "tool_call_id": "a", "content": None}
-    assert refused([user("x"), called, result])["param"] == "messages[2].content"
-    assert len(turns_of(user("x"), called, {**result, "content": ""})) == 3
+    messages = [user("x"), assistant_calls(call), tool_message(None, "a")]
+    assert bad_parameter(parse_chat, messages) == "messages[2].content"
+    messages[-1] = tool_message("", "a")
+    assert len(turns_of(*messages)) == 3
 
 
-def test_neighbours_are_joined_in_place():
-    script = proxy.Transcript()
-    script.add_message(proxy.Field(user("a")))
-    blocks = script.turns[0]["content"]
-    script.add_message(proxy.Field(user("b")))
-    assert script.turns[0]["content"] is blocks and blocks == text_blocks("a", "b")
+# ── Request parsing: tools ───────────────────────────────────────────────────────
 
 
-def test_history_reaches_the_cli_turn_for_turn(server):
-    told = server.told([system("s"), user("a"), assistant("b"), user("c"), assistant("d")])
-    assert told["initialize"]["systemPrompt"] == ["s"]
-    turns = [(turn["role"], turn["content"]) for turn in told["turns"][:-1]]
-    assert turns == list(zip(["user", "assistant"] * 2, map(text_blocks, "abcd")))
-    assert [line.get("shouldQuery") for line in told["lines"]] == [False, None, False, None, None]
-    ids = [t["id"] for t in told["turns"] if t["role"] == "assistant"]
+def test_tools_history_of_calls():
+    calls = assistant_calls(tool_call(), tool_call(call_id="call_2"), content="b")
+    results = [tool_message(), tool_message("rain", "call_2")]
+    parsed = parse_chat([user("a"), calls, *results, user("c")], tools=[tool()])
+    use = {"type": "tool_use", "name": "get_weather", "input": {"city": "Paris"}}
+    result = {"type": "tool_result", "tool_use_id": "call_1", "content": "sunny"}
+    other_result = {**result, "tool_use_id": "call_2", "content": "rain"}
+    assert parsed.contents == [
+        text_blocks("a"),
+        [*text_blocks("b"), {**use, "id": "call_1"}, {**use, "id": "call_2"}],
+        [result, other_result, *text_blocks("c")],
+    ]
+
+
+def test_tools_history_of_calls_without_tools():
+    parsed = parse_chat(tool_loop())
+    assert parsed.tool_names == ["get_weather"]
+    assert parsed.tool_choice == {"type": "none"}
+
+
+@pytest.mark.parametrize(
+    "content, blocks",
+    [
+        ("", None),
+        ([], None),
+        (text_blocks("a", "b"), text_blocks("a", "b")),
+        (text_blocks("a"), "a"),
+        (
+            [{"type": "image_url", "image_url": {"url": "https://x/y.png"}}],
+            [{"type": "image", "source": {"type": "url", "url": "https://x/y.png"}}],
+        ),
+    ],
+)
+def test_tool_result_content(content, blocks):
+    messages = [user("a"), assistant_calls(tool_call()), tool_message(content)]
+    parsed = parse_chat(messages, tools=[tool()])
+    assert parsed.contents[-1][0].get("content") == blocks
+
+
+@pytest.mark.parametrize(
+    "messages, param",
+    [
+        ([user("a"), tool_message()], "messages[1].tool_call_id"),
+        (
+            [user("a"), assistant_calls(tool_call()), user("b")],
+            "messages[1].tool_calls[0].function",
+        ),
+        (
+            [user("a"), assistant_calls(tool_call())],
+            "messages[1].tool_calls[0].function",
+        ),
+        (
+            [user("a"), assistant_calls(tool_call()), tool_message(call_id="other")],
+            "messages[2].tool_call_id",
+        ),
+        (
+            [user("a"), assistant_calls(tool_call()), tool_message(), tool_message()],
+            "messages[3].tool_call_id",
+        ),
+        (
+            [user("a"), assistant_calls(tool_call(), tool_call()), tool_message()],
+            "messages[1].tool_calls[1].function",
+        ),
+    ],
+)
+def test_tool_calls_and_results_must_match(messages, param):
+    assert bad_parameter(parse_chat, messages, tools=[tool()]) == param
+
+
+@pytest.mark.parametrize(
+    "arguments, value",
+    [
+        ("", {}),
+        ("{}", {}),
+        ('{"a":1}', {"a": 1}),
+        ('{"a', {"arguments": '{"a'}),
+        ("5", {"arguments": "5"}),
+    ],
+)
+def test_tool_call_arguments_become_an_object(arguments, value):
+    assert parse_arguments_of_call(arguments) == value
+
+
+def test_tool_call_id_used_again_gets_a_new_one():
+    step = [assistant_calls(tool_call(call_id="c")), tool_message(call_id="c")]
+    parsed = parse_chat([user("x"), *step, *step, *step], tools=[tool()])
+    ids = [block["id"] for block in parsed.blocks if block["type"] == "tool_use"]
+    results = [b["tool_use_id"] for b in parsed.blocks if b["type"] == "tool_result"]
+    assert ids == results
+    assert ids[0] == "c"
+    assert len(set(ids)) == 3
+
+
+def test_tool_call_input_in_the_history_is_wrapped():
+    arguments = json.dumps(dict.fromkeys(ODD_PROPERTIES, 1))
+    history = [user("x"), assistant_calls(tool_call("look", arguments)), tool_message()]
+    parsed = parse_chat(history, tools=[tool("look", parameters=ODD_SCHEMA)])
+    assert parsed.contents[1][0]["input"] == {"input": json.loads(arguments)}
+
+
+@pytest.mark.parametrize(
+    "choice, parallel, native",
+    [
+        ("auto", None, {}),
+        ("auto", True, {}),
+        ("auto", False, {"type": "auto", "disable_parallel_tool_use": True}),
+        ("none", False, {"type": "none"}),
+        ("required", None, {"type": "any"}),
+        (
+            {"type": "function", "function": {"name": "get_weather"}},
+            False,
+            {"type": "tool", "name": "get_weather", "disable_parallel_tool_use": True},
+        ),
+    ],
+)
+def test_tool_choice(choice, parallel, native):
+    parsed = parse_chat(
+        tools=[tool()], tool_choice=choice, parallel_tool_calls=parallel
+    )
+    assert parsed.tool_choice == native
+    assert parsed.thinking == (native.get("type") not in ("any", "tool"))
+
+
+@pytest.mark.parametrize(
+    "parameters, param",
+    [
+        ({"tools": [5]}, "tools[0]"),
+        ({"tools": [{"type": "custom"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function.name"),
+        ({"tools": [{"function": {}}]}, "tools[0].function.name"),
+        ({"tools": [tool("")]}, "tools[0].function.name"),
+        ({"tools": [tool(), tool()]}, "tools[1].function.name"),
+        (
+            {"tools": [tool(parameters={"type": "array"})]},
+            "tools[0].function.parameters",
+        ),
+        (
+            {"tools": [tool(parameters={"properties": []})]},
+            "tools[0].function.parameters.properties",
+        ),
+        (
+            {"tools": [tool(parameters={"properties": {"a": 5}})]},
+            "tools[0].function.parameters.properties.a",
+        ),
+        (
+            {"tools": [tool(parameters={"required": [5]})]},
+            "tools[0].function.parameters.required[0]",
+        ),
+        (
+            {"tools": [tool(parameters={"anyOf": 5})]},
+            "tools[0].function.parameters.anyOf",
+        ),
+        (
+            {"tools": [tool(parameters={"anyOf": [5]})]},
+            "tools[0].function.parameters.anyOf[0]",
+        ),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [tool()], "tool_choice": "sometimes"}, "tool_choice"),
+        (
+            {
+                "tools": [tool()],
+                "tool_choice": {"type": "function", "function": {"name": "x"}},
+            },
+            "tool_choice",
+        ),
+    ],
+)
+def test_tools_invalid(parameters, param):
+    assert bad_parameter(parse_chat, **parameters) == param
+
+
+# ── Request parsing: thinking in a tool loop ─────────────────────────────────────
+
+THINKING = {"type": "thinking", "thinking": "A", "signature": "s"}
+TEXT = text_blocks("t")[0]
+TOOL_USE = {"type": "tool_use", "id": "call_1", "name": "get_weather", "input": {}}
+
+
+def parse_with_memory(messages, cache, model="claude-haiku-4-5"):
+    return parse_chat(messages, cache, model=model, tools=[tool()])
+
+
+@pytest.mark.parametrize(
+    "model, thinking",
+    [
+        ("haiku", False),
+        ("claude-sonnet-4-5", False),
+        ("claude-opus-4-1", False),
+        ("claude-sonnet-4-20250514", False),
+        ("sonnet", True),
+        ("claude-opus-4-7", True),
+        ("claude-sonnet-5-5", True),
+    ],
+)
+def test_thinking_is_off_where_the_api_wants_an_unknown_thought(model, thinking):
+    loop = tool_loop()
+    assert parse_chat(loop, model=model, tools=[tool()]).thinking is thinking
+    assert parse_chat([*loop, assistant("b"), user("c")], model=model).thinking
+
+
+def test_thinking_is_off_while_the_last_turn_holds_a_result():
+    loop = [*tool_loop(), user("and?")]
+    assert parse_with_memory(loop, None).thinking is False
+    ended = [*loop, assistant("a"), user("b")]
+    assert parse_with_memory(ended, None).thinking is True
+
+
+@pytest.mark.parametrize(
+    "received, content, kinds",
+    [
+        (
+            [THINKING, TEXT, THINKING, TOOL_USE],
+            "t",
+            ["thinking", "text", "thinking", "tool_use"],
+        ),
+        ([TEXT, THINKING, TOOL_USE], "t", ["text", "thinking", "tool_use"]),
+        (
+            [THINKING, TEXT, THINKING, TOOL_USE],
+            "u",
+            ["thinking", "thinking", "text", "tool_use"],
+        ),
+        ([THINKING, TOOL_USE], None, ["thinking", "tool_use"]),
+    ],
+)
+def test_thinking_blocks_go_back_in_their_order(received, content, kinds):
+    loop = [user("x"), assistant_calls(tool_call(), content=content), tool_message()]
+    parsed = parse_with_memory(loop, remembered_answer(received))
+    turn = parsed.turns[1]
+    assert [block["type"] for block in turn["content"]] == kinds
+    assert turn["model"] == "signer"
+    assert parsed.thinking is (kinds[0] == "thinking")
+
+
+def test_thinking_goes_before_a_text_and_calls_in_two_messages():
+    loop = [user("x"), assistant("t"), assistant_calls(tool_call()), tool_message()]
+    cache = remembered_answer([THINKING, TEXT, TOOL_USE])
+    parsed = parse_with_memory(loop, cache)
+    assert len(parsed.contents[1]) == 3
+    assert parsed.contents[1][0] == THINKING
+    assert parsed.thinking
+
+
+@pytest.mark.parametrize("model", ["sonnet", "claude-haiku-4", "claude-haiku-4-5[1m]"])
+def test_thinking_is_good_for_the_requested_model_alone(model):
+    blocks = [THINKING, TOOL_USE]
+    other = remembered_answer(blocks, "claude-haiku-4-5")
+    parsed = parse_with_memory(tool_loop(), other, model)
+    assert parsed.contents[1][0]["type"] == "tool_use"
+    assert parsed.thinking is (model == "sonnet")
+    same = remembered_answer(blocks, proxy.ModelCatalog().find(model).cli_name)
+    parsed = parse_with_memory(tool_loop(), same, model)
+    assert parsed.contents[1][0] == THINKING
+    assert parsed.thinking
+
+
+# ── Request parsing: images and files ────────────────────────────────────────────
+
+BASE64_SOURCE = {"type": "base64", "data": PNG_DATA}
+PDF_BLOCK = {
+    "type": "document",
+    "source": {**BASE64_SOURCE, "media_type": "application/pdf"},
+}
+
+
+@pytest.mark.parametrize(
+    "part, block",
+    [
+        (
+            image_part(data_url("image/png")),
+            {"type": "image", "source": {**BASE64_SOURCE, "media_type": "image/png"}},
+        ),
+        (
+            image_part(data_url("image/jpg")),
+            {"type": "image", "source": {**BASE64_SOURCE, "media_type": "image/jpeg"}},
+        ),
+        (
+            image_part("http://x/y"),
+            {"type": "image", "source": {"type": "url", "url": "http://x/y"}},
+        ),
+        (
+            {"type": "image_url", "image_url": "https://x/y"},
+            {"type": "image", "source": {"type": "url", "url": "https://x/y"}},
+        ),
+        (
+            file_part(data_url("application/pdf"), filename="a.pdf"),
+            {**PDF_BLOCK, "title": "a.pdf"},
+        ),
+        (file_part(PNG_DATA), PDF_BLOCK),
+        (
+            file_part(data_url("text/csv", "YSxi")),
+            {
+                "type": "document",
+                "source": {"type": "text", "media_type": "text/plain", "data": "a,b"},
+            },
+        ),
+    ],
+)
+def test_media_part(part, block):
+    assert turns_of(user([part])) == [("user", [block])]
+
+
+@pytest.mark.parametrize(
+    "part, param",
+    [
+        ({"type": "image_url"}, ".image_url"),
+        (image_part("ftp://x"), ".image_url.url"),
+        (image_part("data:image/png,abc"), ".image_url.url"),
+        (image_part(data_url("image/png", "?!")), ".image_url.url"),
+        (image_part(data_url("image/png", "")), ".image_url.url"),
+        (image_part(data_url("image/tiff")), ".image_url.url"),
+        (image_part(data_url("image/jpeg2000")), ".image_url.url"),
+        ({"type": "file", "file": {"file_id": "file-1"}}, ".file"),
+        (file_part(data_url("application/zip")), ".file.file_data"),
+        (file_part("%%%"), ".file.file_data"),
+    ],
+)
+def test_media_part_invalid(part, param):
+    expected = "messages[0].content[0]" + param
+    assert bad_parameter(parse_chat, [user([part])]) == expected
+
+
+# ── Request parsing: structured output ───────────────────────────────────────────
+
+
+def test_structured_output_is_a_forced_tool():
+    parsed = parse_chat(response_format=json_schema_format())
+    assert parsed.tools[0]["inputSchema"] == INTEGER_SCHEMA
+    assert not parsed.thinking
+    assert parsed.tool_choice == {
+        "type": "tool",
+        "name": "StructuredOutput",
+        "disable_parallel_tool_use": True,
+    }
+
+
+def test_structured_output_type_text_changes_nothing():
+    assert parse_chat(response_format={"type": "text"}) == parse_chat()
+
+
+def test_structured_output_type_json_object():
+    (accepted,) = parse_chat(response_format={"type": "json_object"}).tools
+    schema = {"type": "object", "additionalProperties": True}
+    assert accepted["inputSchema"] == schema
+
+
+def test_structured_output_with_tools():
+    both = {"tools": [tool()], "response_format": json_schema_format()}
+    assert parse_chat(**both).tool_choice == {
+        "type": "any",
+        "disable_parallel_tool_use": True,
+    }
+    forced = parse_chat(**both, tool_choice="required")
+    assert forced.tool_names == ["get_weather"]
+
+
+@pytest.mark.parametrize(
+    "value, param",
+    [
+        ({}, "response_format.type"),
+        ({"type": "xml"}, "response_format.type"),
+        ({"type": "json_schema"}, "response_format.json_schema.schema"),
+        (
+            {"type": "json_schema", "json_schema": {}},
+            "response_format.json_schema.schema",
+        ),
+        (json_schema_format({"type": "array"}), "response_format.json_schema.schema"),
+    ],
+)
+def test_structured_output_invalid(value, param):
+    assert bad_parameter(parse_chat, response_format=value) == param
+
+
+# ── Request parsing: Responses requests ──────────────────────────────────────────
+
+
+def test_responses_request_asks_the_same_as_chat():
+    responses = parse_responses(
+        INPUT_ITEMS,
+        {ANSWER_ID: "d"},
+        tools=[function_tool(description="Weather of a city")],
+        reasoning={"effort": "low"},
+        max_output_tokens=5,
+        tool_choice="required",
+    )
+    chat = parse_chat(
+        CHAT_MESSAGES,
+        tools=[tool()],
+        reasoning_effort="low",
+        max_tokens=5,
+        tool_choice="required",
+    )
+    assert responses.asks_the_same_as(chat)
+
+
+def test_responses_instructions_come_first():
+    parsed = parse_responses(INPUT_ITEMS, {ANSWER_ID: "d"}, instructions="I")
+    assert parsed.system == "I\n\nS"
+
+
+@pytest.mark.parametrize(
+    "form, chat",
+    [
+        ({}, None),
+        ({"verbosity": "low"}, None),
+        ({"format": {"type": "text"}}, {"type": "text"}),
+        ({"format": {"type": "json_object"}}, {"type": "json_object"}),
+        (
+            {
+                "format": {
+                    "type": "json_schema",
+                    "name": "x",
+                    "strict": True,
+                    "schema": CITY_SCHEMA,
+                }
+            },
+            {"type": "json_schema", "json_schema": {"schema": CITY_SCHEMA}},
+        ),
+    ],
+)
+def test_responses_text_format(form, chat):
+    assert parse_responses(text=form).asks_the_same_as(parse_chat(response_format=chat))
+
+
+def test_responses_tools():
+    parsed = parse_responses(
+        tools=[
+            function_tool(),
+            NAMESPACE_TOOL,
+            CUSTOM_TOOL,
+            {"type": "web_search", "x": 1},
+            {"type": "tool_search"},
+        ],
+        tool_choice={"type": "function", "name": "get_weather"},
+    )
+    assert parsed.tool_names == ["get_weather", "mcp__w__look", "patch"]
+    assert parsed.tools[2]["inputSchema"]["required"] == ["input"]
+    assert parsed.tool_choice["name"] == "get_weather"
+    fields = {"name": "look", "namespace": "mcp__w"}
+    assert parsed.call_fields["mcp__w__look"] == fields
+
+
+def test_responses_calls_of_custom_and_namespace_tools_go_back():
+    items = [
+        function_call_item("a", "{}", "look", namespace="mcp__w"),
+        call_output_item("a"),
+        item("custom_tool_call", call_id="b", name="patch", input="+a"),
+        call_output_item("b", "done", "custom_tool_call_output"),
+    ]
+    blocks = parse_responses(items, tools=[NAMESPACE_TOOL, CUSTOM_TOOL]).blocks
+    uses = [(b["name"], b["input"]) for b in blocks if b["type"] == "tool_use"]
+    assert uses == [("mcp__w__look", {}), ("patch", {"input": "+a"})]
+
+
+# A value of some refused or ignored parameters that asks for something.
+RESPONSES_VALUES = {"prompt": {"id": "x"}, "background": True, "top_logprobs": 1}
+
+
+def responses_value(name):
+    row = proxy.RESPONSE_PARAMETERS[name]
+    return RESPONSES_VALUES.get(name, RIGHT[row.types[0]])
+
+
+@pytest.mark.parametrize("name", list(proxy.RESPONSE_PARAMETERS))
+def test_responses_parameter_of_wrong_type(name):
+    body = {"model": "sonnet", "input": "x"}
+    body[name] = wrong_value(proxy.RESPONSE_PARAMETERS[name])
+    error = error_of(parse_responses_body, body)
+    assert (error["status"], error["param"]) == (400, name)
+    assert error["code"] == "invalid_type"
+
+
+@pytest.mark.parametrize("name", names_of(proxy.RESPONSE_PARAMETERS, proxy.IGNORED))
+def test_responses_parameter_ignored_changes_nothing(name):
+    parsed = parse_responses(**{name: responses_value(name)})
+    assert parsed.asks_the_same_as(parse_responses())
+
+
+def test_responses_parameter_unknown_is_ignored():
+    assert parse_responses(unheard_of=1) == parse_responses()
+
+
+@pytest.mark.parametrize("name", names_of(proxy.RESPONSE_PARAMETERS, proxy.REFUSED))
+def test_responses_parameter_refused(name):
+    error = error_of(parse_responses, **{name: responses_value(name)})
+    assert (error["status"], error["param"]) == (400, name)
+    assert error["code"] == proxy.RESPONSE_PARAMETERS[name].code
+
+
+@pytest.mark.parametrize(
+    "input_, parameters, param",
+    [
+        ([], {}, "input"),
+        ([5], {}, "input[0]"),
+        ([item("computer_call")], {}, "input[0].type"),
+        ([item("message", role="x", content="")], {}, "input[0].role"),
+        (
+            [item("message", role="user", content=[item("input_audio")])],
+            {},
+            "input[0].content[0].type",
+        ),
+        ([user([item("input_file", file_id="f")])], {}, "input[0].content[0]"),
+        ([function_call_item(None)], {}, "input[0].call_id"),
+        ([function_call_item()], {}, "input[0]"),
+        ([call_output_item()], {}, "input[0].call_id"),
+        ([function_call_item(), call_output_item(output=None)], {}, "input[1].output"),
+        ([item("custom_tool_call", call_id="a", name="b")], {}, "input[0].input"),
+        ("x", {"text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
+        ("x", {"text": {"format": {"type": "x"}}}, "text.format.type"),
+        ("x", {"reasoning": {"effort": "x"}}, "reasoning.effort"),
+        ("x", {"max_output_tokens": 0}, "max_output_tokens"),
+        ("x", {"tools": [{"type": "mcp"}]}, "tools[0].type"),
+        ("x", {"tools": [function_tool(None)]}, "tools[0].name"),
+        (
+            "x",
+            {"tools": [function_tool(parameters={"type": "string"})]},
+            "tools[0].parameters",
+        ),
+        ("x", {"tools": [{**NAMESPACE_TOOL, "tools": [{}]}]}, "tools[0].tools[0].name"),
+        ("x", {"tool_choice": {"type": "allowed_tools"}}, "tool_choice.type"),
+        ("x", {"tool_choice": {"type": "function", "name": "x"}}, "tool_choice"),
+    ],
+)
+def test_responses_request_invalid(input_, parameters, param):
+    assert bad_parameter(parse_responses, input_, **parameters) == param
+
+
+# ── CLI protocol ─────────────────────────────────────────────────────────────────
+
+
+def test_protocol_history_reaches_the_cli_turn_for_turn(server):
+    messages = [system("s"), *dialogue("a", "b", "c", "d")]
+    received = server.received(messages)
+    assert received["initialize"]["systemPrompt"] == ["s"]
+    turns = [(turn["role"], turn["content"]) for turn in received["turns"][:-1]]
+    assert turns == [
+        ("user", text_blocks("a")),
+        ("assistant", text_blocks("b")),
+        ("user", text_blocks("c")),
+        ("assistant", text_blocks("d")),
+    ]
+    should_query = [line.get("shouldQuery") for line in received["lines"]]
+    assert should_query == [False, None, False, None, None]
+    ids = [turn["id"] for turn in received["turns"] if turn["role"] == "assistant"]
     assert len(set(ids)) == 2
-    marked = told["turns"][-1]["content"][-1]
-    assert marked == {"type": "text", "text": "mock:show", "cache_control": proxy.CACHE_MARK}
 
 
-def test_nothing_of_a_request_is_in_argv(server):
-    told = server.told([system("SECRET"), user("SECRET"), assistant("SECRET")], user="SECRET")
-    assert "SECRET" not in json.dumps([told["argv"], told["env"]])
-    assert told["argv"][:3] == ["-p", "--input-format", "stream-json"]
+def test_protocol_last_turn_has_a_cache_mark(server):
+    block = server.received("x")["turns"][-1]["content"][-1]
+    assert block == {**text_blocks("mock:show")[0], "cache_control": proxy.CACHE_MARK}
 
 
-def test_the_environment_is_closed(make, monkeypatch):
-    own = "CLAUDE_MAX_PROXY_API_KEY"
-    for name in (own, *proxy.WITHHELD):
+@pytest.mark.parametrize(
+    "kinds, marked",
+    [
+        (["text", "image"], 0),
+        (["image", "text"], 1),
+        (["image"], 0),
+        (["text", "text"], 1),
+    ],
+)
+def test_protocol_cache_mark_is_on_no_image(kinds, marked):
+    content = [{"type": kind, "text": "x"} for kind in kinds]
+    turn = {"role": "user", "content": content}
+    line = json.loads(proxy.query_line(turn, (2, 1, 330)).text)
+    marks = ["cache_control" in block for block in line["message"]["content"]]
+    assert marks.index(True) == marked
+    assert marks.count(True) == 1
+
+
+@pytest.mark.parametrize(
+    "text, old, new",
+    [
+        ("/clear", ["/", "clear"], ["/clear"]),
+        ("//a", ["//", "a"], ["//a"]),
+        ("/", ["\n/"], ["/"]),
+        ("a/b", ["a/b"], ["a/b"]),
+        ("@/etc/passwd", ["@/etc/passwd"], ["@/etc/passwd"]),
+    ],
+)
+def test_protocol_typed_command_is_text(text, old, new):
+    content = text_blocks("first", text)
+    assert proxy.protect_slash_commands(content, (2, 1, 197)) == text_blocks(
+        "first", *old
+    )
+    assert proxy.protect_slash_commands(content, (2, 1, 330)) == text_blocks(
+        "first", *new
+    )
+    line = proxy.turn_message({"role": "user", "content": content}, 0, (2, 1, 330))
+    assert line["text_not_typed"]
+
+
+def test_protocol_argv_and_environment_hold_nothing_of_a_request(server):
+    messages = [system("SECRET"), user("SECRET"), assistant("SECRET")]
+    received = server.received(messages, user="SECRET")
+    assert "SECRET" not in json.dumps([received["argv"], received["env"]])
+    assert received["argv"][:3] == ["-p", "--input-format", "stream-json"]
+
+
+def test_protocol_environment_is_closed(start_server, monkeypatch):
+    for name in ("CLAUDE_MAX_PROXY_API_KEY", *proxy.REMOVED_VARIABLES):
         monkeypatch.setenv(name, "LEAK")
     monkeypatch.setenv("CLAUDE_CODE_OAUTH_TOKEN", "kept")
-    told = make().told("x")
-    assert "LEAK" not in told["env"].values()
-    assert told["env"]["CLAUDE_CODE_OAUTH_TOKEN"] == "kept"
-    assert told["env"]["CLAUDE_CODE_DISABLE_ATTACHMENTS"] == "1"
+    env = start_server().received("x")["env"]
+    assert "LEAK" not in env.values()
+    assert env["CLAUDE_CODE_OAUTH_TOKEN"] == "kept"
+    assert env["CLAUDE_CODE_DISABLE_ATTACHMENTS"] == "1"
 
 
-def test_the_working_directory_is_empty_and_private(make):
-    one = make()
-    cwd = one.told("x")["cwd"]
-    assert os.listdir(cwd) == [] and os.stat(cwd).st_mode & 0o777 == 0o700
-    one.close()
-    assert not os.path.exists(cwd)
+def test_protocol_long_prompts(server):
+    messages = [system("s" * 300_000), user("u" * 1_000_000), assistant("ok")]
+    received = server.received(messages)
+    assert len(received["initialize"]["systemPrompt"][0]) == 300_000
+    assert len(received["turns"][0]["content"][0]["text"]) == 1_000_000
 
 
-@pytest.mark.parametrize("text, old, new", [
-    ("/clear", ["/", "clear"], ["/clear"]),
-    ("//a", ["//", "a"], ["//a"]),
-    ("/", ["\n/"], ["/"]),
-    ("a/b", ["a/b"], ["a/b"]),
-    ("@/etc/passwd", ["@/etc/passwd"], ["@/etc/passwd"]),
-])  # fmt: skip
-def test_typed_commands_are_text(text, old, new):
-    content = text_blocks("first", text)
-    assert proxy.untyped(content, (2, 1, 197)) == text_blocks("first", *old)
-    assert proxy.untyped(content, (2, 1, 330)) == text_blocks("first", *new)
-    assert proxy.turn_line({"role": "user", "content": content}, 0, (2, 1, 330))["text_not_typed"]
-
-
-def test_long_prompts(server):
-    told = server.told([system("s" * 300000), user("u" * 1000000), assistant("ok")])
-    assert len(told["initialize"]["systemPrompt"][0]) == 300000
-    assert len(told["turns"][0]["content"][0]["text"]) == 1000000
-
-
-def test_unicode(server):
+def test_protocol_unicode(server):
     text = "emoji 😀 nul \x00 crlf \r\n sep \u2028 end"
-    told = server.told([user(text), assistant("ok")])
-    assert told["turns"][0]["content"][0]["text"] == text
-    text = r'"a\ud800b \ud83d\ude00"'
-    body = '{"model":"opus","messages":[{"role":"user","content":%s}]}' % text
-    assert server.post(body).content == "You said: a\ufffdb 😀 "
+    received = server.received([user(text), assistant("ok")])
+    assert received["turns"][0]["content"][0]["text"] == text
 
 
-# ── Answers ────────────────────────────────────────────────────────────────────────
+def test_protocol_max_tokens(server):
+    env = server.received("x", max_tokens=5000)["env"]
+    assert env["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] == "5000"
+    assert "CLAUDE_CODE_DISABLE_THINKING" not in env
 
 
-REASONS = {**proxy.FINISH_REASONS, "new_reason": "stop"}
-del REASONS["tool_use"]
+def test_protocol_max_completion_tokens_wins_over_max_tokens(server):
+    env = server.received("x", max_completion_tokens=100, max_tokens=5000)["env"]
+    assert env["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] == "100"
+    assert env["CLAUDE_CODE_DISABLE_THINKING"] == "1"
 
 
-@pytest.mark.parametrize("reason, finish", list(REASONS.items()))
-def test_finish_reasons(reason, finish):
-    reply = answered(f"mock:stop={reason} mock:tokens=1")
-    assert reply.finish == finish
-    assert reply.content == "tok0 "  # and nothing of what the CLI does afterwards
+@pytest.mark.parametrize(
+    "effort, level", [("minimal", "low"), ("low", "low"), ("max", "max")]
+)
+def test_protocol_reasoning_effort(server, effort, level):
+    env = server.received("x", reasoning_effort=effort)["env"]
+    assert env["CLAUDE_CODE_EFFORT_LEVEL"] == level
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_what_the_cli_does_after_the_answer_is_not_told(server, stream):
-    reply = server.chat("mock:stop=max_tokens mock:tokens=1", stream=stream)
-    assert (reply.content, reply.finish) == ("tok0 ", "length")
+def test_protocol_reasoning_effort_none(server):
+    env = server.received("x", reasoning_effort="none")["env"]
+    assert env["CLAUDE_CODE_DISABLE_THINKING"] == "1"
+    assert "CLAUDE_CODE_EFFORT_LEVEL" not in env
 
 
-def test_reasoning():
-    reply = answered("mock:think=2 mock:tokens=1")
-    assert reply.message["reasoning_content"] == "thought0 thought1 "
-    assert reply.content == "tok0 "
+def test_protocol_tools(server):
+    tools = [tool(), tool("b", "", {"type": "object"})]
+    received = server.received("x", tools=tools)
+    assert received["initialize"]["sdkMcpServers"] == ["c"]
+    assert received["tools"][0] == {
+        "name": "get_weather",
+        "description": "Weather of a city",
+        "inputSchema": CITY_SCHEMA,
+    }
 
 
-@pytest.mark.parametrize("wish", ["mock:cut=2", "mock:cut=2 mock:whole", "mock:cut=5"])
-def test_a_broken_stream_is_completed(wish):
-    reply = answered(f"{wish} mock:tokens=6")
-    assert reply.content == "".join(f"tok{i} " for i in range(6))
+def test_protocol_without_tools_there_is_no_mcp_server(server):
+    assert "sdkMcpServers" not in server.received("x")["initialize"]
 
 
-def test_a_broken_stream_that_goes_on_otherwise_is_an_error(server):
-    reply = server.chat("mock:cut=1 mock:else=Other", stream=True)
-    assert reply.status == 200 and not reply.done
-    assert reply.error["code"] == "stream_interrupted"
-    assert all(not c["choices"][0]["finish_reason"] for c in reply.chunks[:-1])
+def test_protocol_tool_choice(server):
+    env = server.received("x", tools=[tool()], tool_choice="required")["env"]
+    extra_body = json.loads(env["CLAUDE_CODE_EXTRA_BODY"])
+    assert extra_body == {"tool_choice": {"type": "any"}}
+    assert env["CLAUDE_CODE_DISABLE_THINKING"] == "1"
 
 
-@pytest.mark.parametrize("first, again", [
-    ("mock:tool=f,g", "mock:tool=f"),
-    ("mock:tokens=5", "mock:tokens=3"),
-    ("mock:tokens=5", "mock:tool=f mock:notext"),
-])  # fmt: skip
-def test_an_answer_told_again_must_tell_all_that_was_said(first, again):
+def test_protocol_signed_thinking_comes_back_in_a_tool_loop(start_server):
+    server = start_server()
+    model = "claude-haiku-4-5"
+    words = "mock:think=1 mock:tool=get_weather mock:tokens=1"
+    first = server.chat(words, model, tools=[tool()])
+    call_id = first.tool_calls[0]["id"]
+    history = [user("x"), first.message, tool_message(call_id=call_id)]
+    received = server.received(history, model=model, tools=[tool()])
+    turn = received["turns"][1]
+    assert turn["content"][0] == {
+        "type": "thinking",
+        "thinking": "thought0 ",
+        "signature": "c2lnbmVk",
+    }
+    assert turn["model"] == "claude-claude-haiku-4-5-mock"
+    assert "CLAUDE_CODE_DISABLE_THINKING" not in received["env"]
+    # Another model can't use it.
+    received = server.received(history, tools=[tool()])
+    assert received["turns"][1]["content"][0]["type"] == "text"
+
+
+def test_protocol_signed_thinking_comes_back_in_a_responses_loop(start_server):
+    server = start_server()
+    parameters = {"tools": [function_tool()], "model": "claude-haiku-4-5"}
+    words = "mock:think=1 mock:tool=get_weather"
+    output = server.respond(words, **parameters).json["output"]
+    (call,) = [one for one in output if one["type"] == "function_call"]
+    result = call_output_item(call["call_id"])
+    history = [user("q"), *output, result, user("mock:show")]
+    response = server.respond(history, **parameters)
+    assert "c2lnbmVk" in response.json["output"][0]["content"][0]["text"]
+
+
+def test_protocol_memory_of_thinking_is_bounded(start_server, monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_MEMORY", 2)
+    server = start_server()
+    for _ in range(4):
+        server.chat("mock:think=1 mock:tool=get_weather", tools=[tool()])
+    assert server.remembered() == 2
+
+
+def test_protocol_item_reference(start_server, monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_MEMORY", 2)
+    server = start_server()
+    item_id = server.respond("mock:say=before").json["output"][0]["id"]
+    history = [user("x"), item("item_reference", id=item_id), user("mock:show")]
+    output = server.respond(history).json["output"]
+    assert "before" in output[0]["content"][0]["text"]
+    for _ in range(2):  # now it is forgotten
+        server.respond()
+    response = server.respond(history)
+    assert response.status == 404
+    assert response.error["param"] == "input[1].id"
+    assert "store: false" in response.error["message"]
+    assert server.remembered() == 2
+
+
+# ── Decoding: events ─────────────────────────────────────────────────────────────
+
+WEATHER_AND_TIME = "mock:tool=get_weather,get_time mock:tokens=1"
+
+
+def check_weather_and_time(response):
+    assert response.finish_reason == "tool_calls"
+    assert response.content == "tok0 "
+    assert [function["name"] for function in response.functions] == [
+        "get_weather",
+        "get_time",
+    ]
+    assert {function["arguments"] for function in response.functions} == {PARIS}
+    assert len({call["id"] for call in response.tool_calls}) == 2
+
+
+def test_decoding_tool_calls():
+    tools = [tool(), tool("get_time")]
+    check_weather_and_time(chat_answer(WEATHER_AND_TIME, tools=tools))
+
+
+def test_decoding_tool_call_without_arguments():
+    answer = chat_answer("mock:tool=get_weather mock:input=none", tools=[tool()])
+    assert answer.functions[0]["arguments"] == "{}"
+
+
+FINISH_REASONS = {**proxy.FINISH_REASONS, "new_reason": "stop"}
+del FINISH_REASONS["tool_use"]
+
+
+@pytest.mark.parametrize("stop_reason, finish_reason", list(FINISH_REASONS.items()))
+def test_decoding_finish_reason(stop_reason, finish_reason):
+    answer = chat_answer(f"mock:stop={stop_reason} mock:tokens=1")
+    assert answer.finish_reason == finish_reason
+    assert answer.content == "tok0 "  # and nothing of what the CLI says afterwards
+
+
+def test_decoding_many_tokens():
+    text = "".join(f"tok{number} " for number in range(500))
+    assert chat_answer("mock:tokens=500").content == text
+
+
+def test_decoding_split_emoji_is_joined():
+    words = mock_texts("a\ud83d", "\ude00b", "\ud83d")
+    texts = [delta.get("content") for delta in chat_stream(words).deltas]
+    assert texts == ["", "a", "😀b", "\ud83d", None]
+    assert chat_answer(words).content == "a😀b\ud83d"
+
+
+# The input of a tool with ODD_SCHEMA. (A mock: word has no space.)
+ODD_INPUT = json.dumps(dict.fromkeys(ODD_PROPERTIES, 1), separators=(",", ":"))
+ODD_INPUT = ODD_INPUT.replace("a b", r"a\u0020b")
+
+
+@pytest.mark.parametrize(
+    "model_says, arguments",
+    [
+        (
+            '{"input":' + ODD_INPUT + "}",
+            json.dumps(json.loads(ODD_INPUT), ensure_ascii=False),
+        ),
+        (ODD_INPUT, ODD_INPUT),  # not as it was asked to
+        ('{"input":1,"mode":2}', '{"input":1,"mode":2}'),
+        ('{"input":{"$fil', '{"input":{"$fil'),  # cut short
+    ],
+    ids=["wrapped", "not wrapped", "more beside it", "cut short"],
+)
+def test_decoding_wrapped_input(model_says, arguments):
+    words = f"mock:tool=look mock:input={model_says}"
+    answer = chat_answer(words, tools=[tool("look", parameters=ODD_SCHEMA)])
+    assert answer.functions[0]["arguments"] == arguments
+
+
+def test_decoding_structured_output():
+    response_format = json_schema_format()
+    answer = chat_answer('mock:input={"a":1}', response_format=response_format)
+    assert answer.content == '{"a":1}'
+    assert answer.finish_reason == "stop"
+    assert "tool_calls" not in answer.message
+
+
+def test_decoding_structured_output_wrapped():
+    schema = {"anyOf": [{"properties": {"a b": {"type": "integer"}}}]}
+    words = r'mock:input={"input":{"a\u0020b":1}}'
+    answer = chat_answer(words, response_format=json_schema_format(schema))
+    assert json.loads(answer.content) == {"a b": 1}
+
+
+def test_decoding_structured_output_with_tools():
+    both = {"tools": [tool()], "response_format": json_schema_format()}
+    answer = chat_answer("mock:tool=get_weather mock:notext", **both)
+    assert answer.finish_reason == "tool_calls"
+    words = 'mock:tool=StructuredOutput mock:notext mock:input={"a":1}'
+    answer = chat_answer(words, **both)
+    assert answer.finish_reason == "stop"
+    assert answer.content == '{"a":1}'
+
+
+def test_decoding_second_structured_output_is_left_out():
+    words = 'mock:tool=StructuredOutput,StructuredOutput mock:notext mock:input={"a":1}'
+    response_format = json_schema_format()
+    text = decoded_text(*answer_lines(words), response_format=response_format)
+    assert text == '{"a":1}'
+
+
+# ── Decoding: stop strings ───────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "texts, stop, content",
+    [
+        (["ab", "STOP", "cd"], "STOP", "ab"),
+        (["abST", "OPcd"], "STOP", "ab"),
+        (["a", "S", "T", "O", "P"], ["x", "STOP"], "a"),
+        (["abST", "ART"], "STOP", "abSTART"),
+        (["abST"], "STOP", "abST"),
+        (["SSTOP"], "STOP", "S"),
+        (["aXbY"], ["Y", "X"], "a"),
+        (["a\nb"], "\n", "a"),
+        (["ab"], ["", "b"], "a"),
+        (["STOP"], "STOP", ""),
+    ],
+)
+def test_decoding_stop_string(texts, stop, content):
+    answer = chat_answer(mock_texts(*texts), stop=stop)
+    assert answer.content == content
+    assert answer.finish_reason == "stop"
+
+
+# ── Decoding: restarts ───────────────────────────────────────────────────────────
+# If the stream from the API breaks, the CLI starts the answer again. answer_lines()[:-3]
+# are the lines of an answer whose last block has not ended.
+
+
+@pytest.mark.parametrize("words", ["mock:cut=2", "mock:cut=2 mock:whole", "mock:cut=5"])
+def test_decoding_restart_completes_the_answer(words):
+    answer = chat_answer(f"{words} mock:tokens=6")
+    assert answer.content == "tok0 tok1 tok2 tok3 tok4 tok5 "
+
+
+@pytest.mark.parametrize(
+    "first, again",
+    [
+        ("mock:tool=f,g", "mock:tool=f"),
+        ("mock:tokens=5", "mock:tokens=3"),
+        ("mock:tokens=5", "mock:tool=f mock:notext"),
+        ("mock:tool=f", "mock:tool=g"),
+    ],
+    ids=["fewer calls", "less text", "no text", "another tool"],
+)
+def test_decoding_restart_with_another_answer(first, again):
     with pytest.raises(proxy.APIError, match="began another answer"):
-        answer_to(*transcript(first)[:-3], *transcript(again))
+        decoded_text(*answer_lines(first)[:-3], *answer_lines(again))
 
 
-def test_large_answers_are_the_same_streamed_and_not(server):
-    wish = "mock:say=" + "x" * 500_000
-    one, other = server.chat(wish), server.chat(wish, stream=True)
-    assert one.content == other.content == "x" * 500_000
-    words = "".join(f"tok{i} " for i in range(500))
-    assert answered("mock:tokens=500").content == words
+def test_decoding_restart_arguments_may_hold_any_character():
+    call = {"type": "tool_use", "id": "t", "name": "get_weather", "input": {}}
+    delta = {"type": "input_json_delta", "partial_json": '{"c": "Zü'}
+    broken = [
+        message_start(),
+        event_line("content_block_start", index=0, content_block=call),
+        event_line("content_block_delta", index=0, delta=delta),
+    ]
+    message = {
+        "model": "m",
+        "usage": {"output_tokens": 1},
+        "content": [{**call, "input": {"c": "Zürich"}}],
+        "stop_reason": "tool_use",
+    }
+    whole_answer = {"type": "assistant", "message": message}
+    text = decoded_text(*broken, whole_answer, tools=[tool()])
+    assert text == '{"c": "Zürich"}'
 
 
-def test_a_split_emoji_is_joined():
-    wish = pieces("a\ud83d", "\ude00b", "\ud83d")
-    deltas = [c["choices"][0]["delta"].get("content") for c in streamed(wish)[0].chunks]
-    assert deltas == ["", "a", "😀b", "\ud83d", None]
-    assert answered(wish).content == "a😀b\ud83d"
+# ── Decoding: thinking ───────────────────────────────────────────────────────────
 
 
-def test_usage_counts_what_was_cached():
-    usage = {"input_tokens": 1, "cache_read_input_tokens": 20, "output_tokens": 5}
-    usage.update(cache_creation_input_tokens=300, output_tokens_details={"thinking_tokens": 4})
-    reply = proxy.Reply(ask_of(n=2), "id", 0)
-    answer = reply.answers[0]
-    reply.answers[1].count({"input_tokens": 0})
-    answer.count({"output_tokens": 1})
-    answer.count({**usage, "input_tokens": 1001})
-    answer.count({"output_tokens": None})
-    assert reply.usage() == {
+def test_decoding_thinking():
+    answer = chat_answer("mock:think=2 mock:tokens=1")
+    assert answer.message["reasoning_content"] == "thought0 thought1 "
+    assert answer.content == "tok0 "
+
+
+def test_decoding_restart_does_not_repeat_thinking():
+    answer = chat_answer("mock:think=2 mock:tokens=4 mock:cut=2")
+    assert answer.message["reasoning_content"] == "thought0 thought1 "
+    assert answer.content == "tok0 tok1 tok2 tok3 "
+
+
+def test_decoding_restart_with_other_thinking_keeps_the_first():
+    broken = answer_lines("mock:think=1 mock:tokens=2")[:-3]
+    again = answer_lines("mock:think=3 mock:tokens=3")
+    _, answer = answer_of([*broken, *again], parse_chat(stream=True))
+    assert answer.message["reasoning_content"] == "thought0 "
+    assert answer.content == "tok0 tok1 tok2 "
+
+
+# ── Decoding: failures ───────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "api_status, status",
+    [
+        (400, 400),
+        (401, 401),
+        (403, 403),
+        (404, 404),
+        (413, 413),
+        (418, 502),
+        (429, 429),
+        (500, 502),
+        (503, 503),
+        (504, 504),
+        (529, 503),
+    ],
+)
+def test_failure_status_of_the_api(api_status, status):
+    assert chat_failure(f"mock:status={api_status}").status == status
+
+
+@pytest.mark.parametrize(
+    "words, status, code",
+    [
+        ("mock:category=authentication_failed", 401, "not_logged_in"),
+        ("mock:status=403 mock:category=authentication_failed", 401, "not_logged_in"),
+        ("mock:category=billing_error", 429, "insufficient_quota"),
+        ("mock:category=model_not_found", 404, "model_not_found"),
+        ("mock:category=overloaded", 503, "server_is_overloaded"),
+        ("mock:category=news", 502, "upstream_error"),
+        ("mock:status=400 mock:reason=prompt_too_long", 400, "context_length_exceeded"),
+        ("mock:retry=401 mock:pause=0", 401, "not_logged_in"),
+        ("mock:retry=429 mock:pause=0", 429, "rate_limit_exceeded"),
+        ("mock:shape", 502, None),
+        ("mock:empty", 502, None),
+    ],
+)
+def test_failure_reported_by_the_cli(words, status, code):
+    error = chat_failure(words)
+    assert error.status == status
+    assert error.error["code"] == code
+
+
+def test_failure_401_says_how_to_log_in():
+    assert "claude auth login" in str(chat_failure("mock:status=401"))
+
+
+def test_failure_429_of_the_plan_says_when_to_retry():
+    error = chat_failure("mock:limit=300 mock:status=429")
+    assert 290 <= int(error.headers["Retry-After"]) <= 310
+    assert "Retry-After" not in chat_failure("mock:status=429").headers
+
+
+@pytest.mark.parametrize("status", ["529", "null"])
+def test_failure_of_the_api_itself_is_retried_by_the_cli(status):
+    answer = chat_answer(f"mock:retry={status} mock:pause=0 mock:tokens=1")
+    assert answer.content == "tok0 "
+
+
+def test_failure_of_the_clis_own_is_400():
+    """2.1.112 refuses an image with lines that look like a success."""
+    message = {
+        "model": "<synthetic>",
+        "stop_reason": "stop_sequence",
+        "content": text_blocks("Image base64 size exceeds API limit"),
+    }
+    refusal = {"type": "assistant", "message": message}
+    result = {"type": "result", "is_error": False, "result": ""}
+    with pytest.raises(proxy.APIError, match="Image base64") as caught:
+        decoded_text(refusal, result)
+    assert caught.value.status == 400
+
+
+def test_failure_tool_that_the_cli_drops_is_named(server):
+    response = server.chat("x", tools=[tool("odd.name", "dropped")], stream=True)
+    assert response.status == 400
+    assert "'odd.name'" in response.error["message"]
+
+
+# ── Writers: chunks of chat completions ──────────────────────────────────────────
+
+
+def test_chunk_tool_call_begins_with_its_name():
+    stream = chat_stream("mock:tool=get_weather mock:notext", tools=[tool()])
+    calls = [delta["tool_calls"] for delta in stream.deltas if "tool_calls" in delta]
+    (first,), *rest = calls
+    assert first.pop("id").startswith("toolu_")
+    function = {"name": "get_weather", "arguments": ""}
+    assert first == {"index": 0, "type": "function", "function": function}
+    assert rest == [
+        [{"index": 0, "function": {"arguments": '{"city"'}}],
+        [{"index": 0, "function": {"arguments": ':"Paris'}}],
+        [{"index": 0, "function": {"arguments": '"}'}}],
+    ]
+
+
+def test_completion_of_tool_calls_alone_has_null_content():
+    answer = chat_answer("mock:tool=get_weather mock:notext", tools=[tool()])
+    assert answer.content is None
+
+
+def test_completion_usage_counts_cached_and_thinking_tokens():
+    reply = new_chat_reply(parse_chat(n=2))
+    usage = {
+        "input_tokens": 1001,
+        "cache_read_input_tokens": 20,
+        "cache_creation_input_tokens": 300,
+        "output_tokens": 5,
+        "output_tokens_details": {"thinking_tokens": 4},
+    }
+    lines = [
+        message_start(usage={"output_tokens": 1}),
+        event_line("message_delta", delta={}, usage=usage),
+        event_line("message_delta", delta={}, usage={"output_tokens": None}),
+    ]
+    write_events(reply, lines, index=0)
+    write_events(reply, [message_start(usage={"input_tokens": 0})], index=1)
+    assert body_of(reply)["usage"] == {
         "prompt_tokens": 1321,
         "completion_tokens": 5,
         "total_tokens": 1326,
@@ -1768,1806 +4608,1737 @@ def test_usage_counts_what_was_cached():
     }
 
 
-# ── Failures ───────────────────────────────────────────────────────────────────────
-
-STATUSES = [(400, 400), (401, 401), (403, 403), (404, 404), (413, 413), (429, 429)]
-STATUSES += [(500, 502), (503, 503), (504, 504), (529, 503), (418, 502)]
+# ── Writers: events of Responses ─────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("api, ours", STATUSES)
-def test_failures_have_their_status(api, ours):
-    assert failed(f"mock:status={api}").status == ours
+def describe_events(text):
+    """Server-sent events as "type place index: what it brings".
+
+    Checks what all of them must have: sequence numbers, and the id of their item.
+    """
+    described = []
+    item_ids = {}
+    for number, block in enumerate(text.rstrip("\n").split("\n\n")):
+        head, data = block.split("\n")
+        event = json.loads(data[len("data: ") :])
+        assert head == f"event: {event['type']}"
+        assert event["sequence_number"] == number
+        place = event.get("output_index")
+        if event["type"] == "response.output_item.added":
+            item_ids[place] = event["item"]["id"]
+            assert event["item"].get("status", "in_progress") == "in_progress"
+        if "item_id" in event:
+            assert event["item_id"] == item_ids[place]
+        described.append(describe_event(event))
+    return described
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_failure_before_an_answer(server, stream):
-    reply = server.chat("mock:status=529", stream=stream)
-    assert (reply.status, reply.error["code"]) == (503, "server_is_overloaded")
-    assert set(reply.error) == {"message", "type", "param", "code"}
+def describe_event(event):
+    words = [event["type"].replace("response.", "")]
+    if "output_index" in event:
+        words.append(str(event["output_index"]))
+    if event.get("content_index") == 0:
+        words.append("content")
+    if event.get("summary_index") == 0:
+        words.append("summary")
+    text = " ".join(words)
+    brings = what_event_brings(event)
+    return f"{text}: {brings}" if brings else text
 
 
-@pytest.mark.parametrize("wish, status, code", [
-    ("mock:category=authentication_failed", 401, "not_logged_in"),
-    ("mock:category=billing_error", 429, "insufficient_quota"),
-    ("mock:category=model_not_found", 404, "model_not_found"),
-    ("mock:category=overloaded", 503, "server_is_overloaded"),
-    ("mock:category=news", 502, "upstream_error"),
-    ("mock:status=400 mock:reason=prompt_too_long", 400, "context_length_exceeded"),
-    ("mock:retry=401 mock:pause=0", 401, "not_logged_in"),
-    ("mock:retry=429 mock:pause=0", 429, "rate_limit_exceeded"),
-    ("mock:shape", 502, None),
-    ("mock:empty", 502, None),
-])  # fmt: skip
-def test_other_failures(wish, status, code):
-    error = failed(wish)
-    assert (error.status, error.error["code"]) == (status, code)
+def what_event_brings(event):
+    for key in ("delta", "text", "arguments", "input"):
+        if key in event:
+            return event[key]
+    if "item" in event:
+        return event["item"].get("name", event["item"]["type"])
+    if "response" in event:
+        return event["response"]["status"]
+    if "error" in event:
+        return str(event["error"]["code"])
+    return ""
 
 
-BEGINNING = b'{"type":"stream_ev'.hex()
-REQUEST = b'{"type":"control_request","request":[]}\n'.hex()
-LIMIT = b'{"type":"rate_limit_event"}\n'.hex()
+BEGUN = ["created: in_progress", "in_progress: in_progress"]
+COMPLETED = "completed: completed"
 
 
-@pytest.mark.parametrize("stream, wish, status, code", [
-    (True, "mock:exit=3", 502, "cli_died"),
-    (False, "mock:exit=0", 502, "cli_died"),
-    (True, f"mock:bytes={BEGINNING} mock:exit=0", 502, "cli_died"),
-    (True, f"mock:bytes={REQUEST}", 502, None),
-    (False, f"mock:bytes={LIMIT}", 502, None),
-    (True, "mock:retry=429", 429, "rate_limit_exceeded"),  # while the CLI waits
-])  # fmt: skip
-def test_a_cli_that_fails(server, stream, wish, status, code):
-    reply = server.chat(wish, stream=stream)
-    assert (reply.status, reply.error["code"]) == (status, code)
+def message_events(place, *texts):
+    deltas = [f"output_text.delta {place} content: {text}" for text in texts]
+    return [
+        f"output_item.added {place}: message",
+        f"content_part.added {place} content",
+        *deltas,
+        f"output_text.done {place} content: {''.join(texts)}",
+        f"content_part.done {place} content",
+        f"output_item.done {place}: message",
+    ]
 
 
-def test_login_cure():
-    assert "claude auth login" in str(failed("mock:status=401"))
+def reasoning_events(place, *texts):
+    kind = "reasoning_summary"
+    deltas = [f"{kind}_text.delta {place} summary: {text}" for text in texts]
+    return [
+        f"output_item.added {place}: reasoning",
+        f"{kind}_part.added {place} summary",
+        *deltas,
+        f"{kind}_text.done {place} summary: {''.join(texts)}",
+        f"{kind}_part.done {place} summary",
+        f"output_item.done {place}: reasoning",
+    ]
 
 
-def test_retry_after(server):
-    assert server.chat("mock:retry=429").headers["Retry-After"] == "8"
-    seconds = failed("mock:limit=300 mock:status=429").headers["Retry-After"]
-    assert 290 <= int(seconds) <= 310
-    assert "Retry-After" not in failed("mock:status=429").headers
+def call_events(place, name, *texts):
+    deltas = [f"function_call_arguments.delta {place}: {text}" for text in texts]
+    return [
+        f"output_item.added {place}: {name}",
+        *deltas,
+        f"function_call_arguments.done {place}: {''.join(texts)}",
+        f"output_item.done {place}: {name}",
+    ]
 
 
-@pytest.mark.parametrize("status", ["529", "null"])
-def test_the_apis_own_troubles_are_waited_for(status):
-    assert answered(f"mock:retry={status} mock:pause=0 mock:tokens=1").content == "tok0 "
-
-
-def test_silence_is_504(make):
-    one = make(timeout=0.3)
-    wish = "mock:tokens=2 mock:gap_ms=60000"
-    late = in_threads(
-        lambda: one.chat("mock:hang"),
-        lambda: one.chat("mock:retry=529 mock:retries=99"),
-        lambda: one.chat(wish, stream=True),
-    )
-    assert [reply.status for reply in late] == [504, 504, 200]
-    assert late[2].error["code"] == "timeout"
-
-
-@pytest.fixture
-def silent(server, monkeypatch):
-    """A server that says that a stream is alive after 20 ms of silence."""
-    monkeypatch.setattr(proxy, "ALIVE_SECONDS", 0.02)
-    monkeypatch.setattr(proxy, "TICK_SECONDS", 0.02)
-    return server
-
-
-def test_a_silent_stream_is_kept_alive(silent):
-    reply = silent.chat("mock:delay_ms=200 mock:tokens=1", stream=True)
-    choices = [c["choices"][0]["delta"] for c in reply.chunks]
-    assert len({(c["id"], c["created"]) for c in reply.chunks}) == 1
-    assert choices[1] == {"content": ""} and len(choices) > 4
-    assert [c for c in choices if "role" in c] == [{"role": "assistant", "content": ""}]
-    assert "role" in choices[0]
-    assert reply.content == "tok0 "
+WITH_SUMMARY = {"reasoning": {"summary": "auto"}}
+PARIS_PIECES = ('{"city"', ':"Paris', '"}')
+ONE_TOKEN = message_events(0, "tok0 ")
+TWO_TOKENS = message_events(0, "tok0 ", "tok1 ")
 
 
 @pytest.mark.parametrize(
-    "wish",
-    ["mock:line=5000000", "mock:stderr=2000000", "mock:halves", "mock:garbage",
-     "mock:bytes=" + b'{"type":"result","result":"\xff"}\n'.hex()],
-)  # fmt: skip
-def test_much_noise_is_no_fault(server, wish):
-    assert server.chat(wish).content == "tok0 tok1 tok2 tok3 tok4 "
+    "words, parameters, expected",
+    [
+        ("mock:tokens=2", {}, [*TWO_TOKENS, COMPLETED]),
+        ("mock:think=1 mock:tokens=1", {}, [*ONE_TOKEN, COMPLETED]),
+        (
+            "mock:think=1 mock:tokens=1",
+            WITH_SUMMARY,
+            [*reasoning_events(0, "thought0 "), *message_events(1, "tok0 "), COMPLETED],
+        ),
+        (
+            "mock:tool=f,g mock:notext",
+            {},
+            [
+                *call_events(0, "f", *PARIS_PIECES),
+                *call_events(1, "g", *PARIS_PIECES),
+                COMPLETED,
+            ],
+        ),
+        (
+            "mock:tokens=1 mock:tool=f mock:input={}",
+            {},
+            [*ONE_TOKEN, *call_events(1, "f", "{}"), COMPLETED],
+        ),
+        (
+            "mock:tool=f mock:notext mock:input=none",
+            {},
+            [*call_events(0, "f", "{}"), COMPLETED],
+        ),
+        (
+            "mock:tokens=2 mock:stop=max_tokens",
+            {},
+            [*TWO_TOKENS, "incomplete: incomplete"],
+        ),
+        (
+            "mock:tokens=1 mock:stop=refusal",
+            {},
+            [*ONE_TOKEN, "error: invalid_prompt", "failed: failed"],
+        ),
+        (
+            "mock:tool=mcp__w__look mock:notext",
+            {"tools": [NAMESPACE_TOOL]},
+            [*call_events(0, "look", *PARIS_PIECES), COMPLETED],
+        ),
+        (
+            'mock:tool=patch mock:notext mock:input={"input":"+a"}',
+            {"tools": [CUSTOM_TOOL]},
+            [
+                "output_item.added 0: patch",
+                "custom_tool_call_input.delta 0: +a",
+                "custom_tool_call_input.done 0: +a",
+                "output_item.done 0: patch",
+                COMPLETED,
+            ],
+        ),
+        (
+            "mock:tool=StructuredOutput mock:notext",
+            {
+                "text": {
+                    "format": {
+                        "type": "json_schema",
+                        "name": "x",
+                        "schema": CITY_SCHEMA,
+                    }
+                }
+            },
+            [*message_events(0, *PARIS_PIECES), COMPLETED],
+        ),
+    ],
+    ids=[
+        "text",
+        "thinking without summary",
+        "thinking with summary",
+        "calls",
+        "text and call",
+        "call without arguments",
+        "cut short",
+        "refusal",
+        "namespace",
+        "custom tool",
+        "structured output",
+    ],
+)
+def test_responses_events(words, parameters, expected):
+    events, body = responses_stream(words, **parameters)
+    assert describe_events(events) == BEGUN + expected
+    last_data = events.rstrip("\n").rpartition("\ndata: ")[2]
+    assert json.loads(last_data)["response"] == body
 
 
-# ── Processes ──────────────────────────────────────────────────────────────────────
+def test_responses_items_of_calls():
+    """The fields that Codex reads."""
+    words = "mock:tool=mcp__w__look,patch mock:notext"
+    _, body = responses_stream(words, tools=[NAMESPACE_TOOL, CUSTOM_TOOL])
+    function, custom = body["output"]
+    assert function["type"] == "function_call"
+    assert function["name"] == "look"
+    assert function["namespace"] == "mcp__w"
+    assert function["arguments"] == PARIS
+    assert function["id"].startswith("fc_")
+    assert custom["type"] == "custom_tool_call"
+    assert custom["name"] == "patch"
+    assert custom["call_id"].startswith("toolu_")
+    assert "arguments" not in custom
 
 
-def send_request(port, text, stream, before=()):
-    """A request on a connection of its own, unread."""
-    connection = socket.create_connection(("127.0.0.1", port), timeout=30)
-    return ask_on(connection, text, stream, before)
+def test_responses_answer_cut_short_is_incomplete():
+    _, body = responses_stream("mock:tokens=1 mock:stop=max_tokens")
+    assert body["status"] == "incomplete"
+    assert body["output"][0]["status"] == "incomplete"
+    assert body["incomplete_details"] == {"reason": "max_output_tokens"}
 
 
-def ask_on(connection, text, stream, before=()):
-    messages = [*before, user(text)]
-    body = json.dumps({"model": "opus", "stream": stream, "messages": messages})
-    connection.sendall(POST + b"Content-Length: %d\r\n\r\n%b" % (len(body), body.encode()))
-    return connection
+@pytest.mark.parametrize(
+    "status, code, code_of_response",
+    [
+        (503, "server_is_overloaded", "server_is_overloaded"),
+        (400, None, "invalid_prompt"),
+        (400, "context_length_exceeded", "context_length_exceeded"),
+        (502, None, "server_error"),
+    ],
+)
+def test_responses_failure_inside_a_stream(status, code, code_of_response):
+    reply = new_responses_reply(parse_responses())
+    events = keep_alive_events(reply) + write_failure(reply, status, "why", code)
+    assert describe_events(events)[-2:] == [f"error: {code}", "failed: failed"]
+    body = body_of(reply)
+    assert body["error"] == {"code": code_of_response, "message": "why"}
+    assert not body["usage"]
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("wish", ["mock:hang", "mock:tokens=99 mock:gap_ms=60000"])
-@pytest.mark.parametrize("early", [b"", b"\r\n"])
-def test_a_client_that_leaves_ends_its_cli(server, stream, wish, early, monkeypatch):
-    monkeypatch.setattr(proxy, "TICK_SECONDS", 60)  # so that no tick can notice it
-    connection = send_request(server.port, wish, stream)
-    connection.sendall(early)
-    claude = until(lambda: [c for c in server.server.backend.keeper.live if c.process.pid])[0]
-    until(lambda: not claude.todo and not claude.outbox)
-    connection.close()
-    until(lambda: claude.process.poll() is not None, 5)
+def test_responses_restart_with_more_before_a_call_is_an_error():
+    reply = new_responses_reply(parse_responses())
+    broken = answer_lines("mock:tokens=1 mock:tool=f")[:-5]
+    again = answer_lines("mock:tokens=2 mock:tool=f")
+    with pytest.raises(proxy.APIError, match="began another answer"):
+        write_events(reply, [*broken, *again])
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("wish", ["mock:delay_ms=60", "mock:gap_ms=15"])
-def test_a_client_that_says_no_more_gets_its_answer(server, stream, wish, monkeypatch):
-    monkeypatch.setattr(proxy, "TICK_SECONDS", 0.01)
-    with send_request(server.port, wish, stream) as connection:
-        connection.shutdown(socket.SHUT_WR)
-        seen = read_all(connection)
-    assert b" 200 OK" in seen and b"tok4 " in seen
-    assert seen.endswith(b"[DONE]\n\n\r\n0\r\n\r\n" if stream else b"}\n")
+# ── Installation ─────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("wish", ["mock:hang", "mock:tokens=99 mock:gap_ms=60000"])
-def test_a_client_that_says_no_more_and_leaves_later(server, stream, wish):
-    connection = send_request(server.port, wish, stream)
-    connection.shutdown(socket.SHUT_WR)
-    connection.recv(9)  # it has been asked whether it is there
-    claude = until(lambda: list(server.server.backend.keeper.live))[0]
-    assert claude.process.poll() is None
-    connection.close()
-    until(lambda: claude.process.poll() is not None, 5)
+def test_installation_is_found_once_it_is_there(start_server, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(proxy, "CLI_INSTALL_DIRECTORIES", ["~/.local/bin"])
+    server = start_server(claude="")
+    response = server.chat("hi")
+    assert response.status == 503
+    assert "npm install" in response.error["message"]
+    assert server.request("GET", "/health").status == 503
+    directory = tmp_path / ".local" / "bin"
+    directory.mkdir(parents=True)
+    # This file itself as `claude`, as a user may try it.
+    text = f'#!/bin/sh\nexec {sys.executable} {__file__} "$@"\n'
+    path = write_script(directory / "claude", text)
+    assert server.chat("hi").content == "You said: hi "
+    assert server.health()["claude"]["path"] == path
 
 
-def test_a_cli_that_closes_its_stdin_is_not_written_to_for_ever(tmp_path):
-    cli = script(tmp_path / "claude", "#!/bin/sh\nexec 0<&-\nsleep 60\n")
-    program = proxy.Program(cli, (2, 1, 330), ())
-    (tmp_path / proxy.CWD).mkdir()
-    claude = proxy.Claude(program, "x", str(tmp_path))
-    claude.tell(proxy.Conversation("x", json.dumps(["x" * 3_000_000, []])))
-    until(lambda: claude.write() or not claude.outbox)
-    claude.stop(signal.SIGKILL)
-    until(claude.is_gone)
+def test_installation_too_old(start_server, monkeypatch):
+    monkeypatch.setenv("STAND_IN_VERSION", "2.1.86")
+    response = start_server().chat("hi")
+    assert response.status == 503
+    assert "claude update" in response.error["message"]
 
 
-def test_what_can_not_be_told_is_a_400(server, monkeypatch):
-    def too_deep(turn, version):
-        raise RecursionError
+def test_installation_newest_node_version_wins(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for version in ("v9.1.0", "v22.1.0", "v20.3.0"):
+        directory = tmp_path / ".nvm" / "versions" / "node" / version / "bin"
+        directory.mkdir(parents=True)
+        write_script(directory / "claude", "#!/bin/sh\n")
+    at_home = [
+        place for place in proxy.CLI_INSTALL_DIRECTORIES if place.startswith("~")
+    ]
+    monkeypatch.setattr(proxy, "CLI_INSTALL_DIRECTORIES", at_home)
+    assert "v22.1.0" in proxy.find_cli("")
 
-    monkeypatch.setattr(proxy, "query_line", too_deep)
-    assert server.chat("hi").status == 400
+
+def test_installation_relative_path_entry(monkeypatch, tmp_path):
+    (tmp_path / "bin").mkdir()
+    shutil.copy(STAND_IN, tmp_path / "bin" / "claude")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "bin")
+    assert proxy.find_cli("") == str(tmp_path / "bin" / "claude")
 
 
-def test_a_line_without_an_end(server, monkeypatch):
-    monkeypatch.setattr(proxy, "MAX_LINE", 200_000)
+def test_installation_cli_finds_the_node_beside_it(start_server, monkeypatch, tmp_path):
+    path = write_script(tmp_path / "claude", "#!/usr/bin/env node-of-nvm\n")
+    node = f'#!/bin/sh\nshift\nexec {STAND_IN} "$@"\n'
+    write_script(tmp_path / "node-of-nvm", node)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert start_server(claude=path).chat("hi").content == "You said: hi "
+
+
+def test_login_missing(start_server, monkeypatch):
+    monkeypatch.setenv("STAND_IN_LOGIN", "no")
+    response = start_server().request("GET", "/health")
+    assert response.status == 503
+    assert "claude auth login" in response.json["message"]
+
+
+def test_login_refused_by_the_api_shows_in_health(server):
+    server.chat("mock:status=401")
+    assert server.request("GET", "/health").status == 503
+    server.chat("hi")
+    assert server.request("GET", "/health").status == 200
+
+
+def test_login_is_looked_up_once(start_server, tmp_path, monkeypatch):
+    monkeypatch.setenv("STAND_IN_LOGIN", "no")
+    calls = tmp_path / "calls"
+    text = f'#!/bin/sh\necho >>{calls}\nexec {STAND_IN} "$@"\n'
+    server = start_server(claude=write_script(tmp_path / "claude", text))
+    run_in_threads(*[server.health] * 9)
+    assert len(calls.read_text()) == 2  # its version, and its login
+
+
+# ── CLI process ──────────────────────────────────────────────────────────────────
+
+
+def test_process_directory_is_empty_and_private(start_server):
+    server = start_server()
+    directory = server.received("x")["cwd"]
+    assert os.listdir(directory) == []
+    assert os.stat(directory).st_mode & 0o777 == 0o700
+    server.close()
+    assert not os.path.exists(directory)
+
+
+def test_process_temporary_files_are_removed(server):
+    received = server.received([])
+    wait_until(server.is_idle)
+    directory = server.cli_directory()
+    assert os.path.dirname(received["env"]["CLAUDE_CODE_TMPDIR"]) == directory
+    assert os.listdir(directory) == [proxy.CLI_WORKDIR]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "mock:line=5000000",
+        "mock:stderr=2000000",
+        "mock:halves",
+        "mock:garbage",
+        "mock:bytes=" + b'{"type":"result","result":"\xff"}\n'.hex(),
+    ],
+    ids=["long line", "long stderr", "lines in halves", "garbage", "not UTF-8"],
+)
+def test_process_noise_is_no_fault(server, words):
+    assert server.chat(words).content == "tok0 tok1 tok2 tok3 tok4 "
+
+
+INCOMPLETE_LINE = b'{"type":"stream_ev'.hex()
+STRANGE_REQUEST = b'{"type":"control_request","request":[]}\n'.hex()
+STRANGE_LIMIT = b'{"type":"rate_limit_event"}\n'.hex()
+
+
+@pytest.mark.parametrize(
+    "stream, words, status, code",
+    [
+        (True, "mock:exit=3", 502, "cli_died"),
+        (False, "mock:exit=0", 502, "cli_died"),
+        (True, f"mock:bytes={INCOMPLETE_LINE} mock:exit=0", 502, "cli_died"),
+        (True, f"mock:bytes={STRANGE_REQUEST}", 502, None),
+        (False, f"mock:bytes={STRANGE_LIMIT}", 502, None),
+        (True, "mock:retry=429", 429, "rate_limit_exceeded"),  # while the CLI waits
+    ],
+    ids=[
+        "exit 3",
+        "exit 0",
+        "incomplete line",
+        "strange request",
+        "strange limit",
+        "retry",
+    ],
+)
+def test_process_failure(server, stream, words, status, code):
+    response = server.chat(words, stream=stream)
+    assert response.status == status
+    assert response.error["code"] == code
+
+
+def test_process_line_without_an_end(server, monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_CLI_LINE_BYTES", 200_000)
     assert server.chat("mock:line=100000").status == 200
     assert server.chat("mock:line=900000").status == 502
 
 
-def test_when_descriptors_or_threads_run_out():
-    def fails(error):
-        def fail(*_):
-            raise error
-
-        return fail
-
-    server, dropped = proxy.Server(proxy.Settings(port=0)), []
-    server.shutdown_request = dropped.append
-    server.get_request = fails(OSError(24, ""))
-    server.accept()
-    server.get_request = lambda: ("connection", "address")
-    server.process_request = fails(RuntimeError())
-    server.accept()
-    assert dropped == ["connection"]
-    server.drain()
+def test_process_that_cannot_be_started_is_a_503(start_server, monkeypatch):
+    server = start_server()
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", "/nowhere")
+        response = server.chat("a")
+    assert response.status == 503
+    assert response.error["code"] == "no_cli"
+    assert "can't be started" in response.error["message"]
+    assert server.chat("b").status == 200
 
 
-def test_a_client_that_left_before_accept_stops_nobody():
-    server = proxy.Server(proxy.Settings(port=0))
-    assert not server.socket.getblocking()  # as if it had been reset meanwhile:
-    server.accept()
-    server.drain()
+def test_process_that_closes_its_stdin_is_not_written_to_for_ever(tmp_path):
+    path = write_script(tmp_path / "claude", "#!/bin/sh\nexec 0<&-\nsleep 60\n")
+    process = start_cli_process(path, tmp_path)
+    send_system_prompt(process, "x" * 3_000_000)
+
+    def has_given_up():
+        process.write()
+        return not process.outbox
+
+    wait_until(has_given_up)
+    process.stop(signal.SIGKILL)
+    wait_until(process.is_gone)
 
 
-def test_a_stubborn_cli_and_its_children_are_killed(server):
-    with send_request(
-        server.port, "mock:stubborn mock:child mock:gap_ms=60000", True
-    ) as connection:
-        child = child_of(connection)
-    until(lambda: gone(child), 5)
-    until(server.quiet, 5)
+def test_process_stubborn_and_its_children_are_killed(server):
+    words = "mock:stubborn mock:child mock:gap_ms=60000"
+    with open_request(server.port, words, True) as connection:
+        child = read_child_pid(connection)
+    wait_until(lambda: has_exited(child), 5)
+    wait_until(server.is_idle, 5)
 
 
-def gone(pid):
-    """Whether no such process runs (a zombie of someone else's counts as gone)."""
-    if not os.path.exists("/proc/self/stat"):
-        out = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
-        return out.stdout.strip()[:1] in ("", "Z")
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as stat:
-        return stat.read().rpartition(")")[2].split()[0] == "Z"
-    return True
+# ── Process pool ─────────────────────────────────────────────────────────────────
+# First the rules of SparePool, on made-up processes; then the pool of a server.
 
 
-def test_requests_wait_in_order_when_all_places_are_taken(make):
-    one = make(max_concurrency=1)
-    first = send_request(one.port, "mock:gap_ms=60000", False)
-    until(lambda: one.server.backend.gate.active == 1)
-    second = send_request(one.port, "second", False)
-    until(lambda: len(one.server.backend.gate.queue) == 1)
-    third = send_request(one.port, "third", False)
-    until(lambda: len(one.server.backend.gate.queue) == 2)
-    second.close()  # gives up its place
-    until(lambda: len(one.server.backend.gate.queue) == 1)
+class MadeUpProcess:
+    """What SparePool looks at of a process."""
+
+    fits = proxy.CliProcess.fits
+
+    def __init__(self, *turns, system="s", age=10.0, idle=0.0, version=(2, 1, 332)):
+        self.binary = proxy.CliBinary("claude", version, (1,))
+        self.sent = sent_state(*turns, system=system) if turns else BLANK_STATE
+        self.born = 100.0 - age
+        self.last_activity = 100.0 - idle
+        self.unsent = []
+
+
+BLANK_STATE = proxy.SentState("sonnet")
+NEWEST_CLI = proxy.CliBinary("claude", (2, 1, 332), (1,))
+
+
+def sent_state(*turns, system="s", model="sonnet"):
+    lines = tuple(proxy.CliLine(turn) for turn in turns)
+    return proxy.SentState(model, proxy.initialize_options(system, []), lines)
+
+
+def spare_pool(*processes, capacity=3):
+    pool = proxy.SparePool(capacity)
+    pool.processes = list(processes)
+    return pool
+
+
+def test_spare_pool_chooses_the_process_that_is_ready_first():
+    blank = MadeUpProcess(age=10)
+    primed_with_one = MadeUpProcess("a", age=5)
+    primed_with_two = MadeUpProcess("a", "b", age=5)
+    pool = spare_pool(blank, primed_with_one, primed_with_two)
+    wanted = sent_state("a", "b", "c")
+    assert pool.choose(NEWEST_CLI, wanted, 100.0) is primed_with_two
+    wanted = sent_state("a", "z")
+    assert pool.choose(NEWEST_CLI, wanted, 100.0) is primed_with_one
+    wanted = sent_state("z")
+    assert pool.choose(NEWEST_CLI, wanted, 100.0) is blank
+
+
+def test_spare_pool_prefers_a_started_process_to_a_starting_one():
+    blank = MadeUpProcess(age=10)
+    starting = MadeUpProcess("a", "b", age=0)
+    pool = spare_pool(starting, blank)
+    assert pool.choose(NEWEST_CLI, sent_state("a", "b"), 100.0) is blank
+    long_conversation = [str(number) for number in range(100)]
+    starting = MadeUpProcess(*long_conversation, age=0)
+    pool = spare_pool(starting, blank)
+    wanted = sent_state(*long_conversation)
+    assert pool.choose(NEWEST_CLI, wanted, 100.0) is starting
+
+
+def test_spare_pool_of_equal_spares_the_older_is_chosen():
+    older = MadeUpProcess(age=0.4)
+    younger = MadeUpProcess(age=0.1)
+    pool = spare_pool(younger, older)
+    assert pool.choose(NEWEST_CLI, sent_state("a"), 100.0) is older
+
+
+def test_spare_pool_does_not_choose_what_does_not_fit():
+    other_system = MadeUpProcess("a", system="other")
+    other_turn = MadeUpProcess("z")
+    pool = spare_pool(other_system, other_turn)
+    assert pool.choose(NEWEST_CLI, sent_state("a", "b"), 100.0) is None
+    pool = spare_pool(MadeUpProcess())
+    replaced_cli = proxy.CliBinary("claude", (2, 1, 332), (2,))
+    assert pool.choose(replaced_cli, sent_state("a"), 100.0) is None
+
+
+@pytest.mark.parametrize(
+    "version, turns, fits",
+    [((2, 1, 329), [], True), ((2, 1, 328), [], False), ((2, 1, 329), ["a"], False)],
+)
+def test_spare_pool_another_model_fits_up_to_the_first_turn(version, turns, fits):
+    process = MadeUpProcess(*turns, version=version)
+    wanted = sent_state("a", "b", model="opus")
+    chosen = spare_pool(process).choose(process.binary, wanted, 100.0)
+    assert chosen is (process if fits else None)
+
+
+def test_spare_pool_keeps_one_without_a_conversation():
+    wanted = sent_state("a")
+    one = spare_pool(MadeUpProcess(), MadeUpProcess("z"))
+    assert one.choose_for_conversation(NEWEST_CLI, wanted, 100.0) is None
+    blank = MadeUpProcess()
+    two = spare_pool(blank, MadeUpProcess())
+    assert two.choose_for_conversation(NEWEST_CLI, wanted, 100.0) is blank
+    begun = MadeUpProcess("a")
+    pool = spare_pool(MadeUpProcess(), begun)
+    chosen = pool.choose_for_conversation(NEWEST_CLI, sent_state("a", "b"), 100.0)
+    assert chosen is begun
+
+
+def test_spare_pool_gives_up_the_conversation_used_least_recently():
+    least_recent = MadeUpProcess("a")
+    pool = spare_pool(least_recent, MadeUpProcess("b"), MadeUpProcess(), capacity=3)
+    assert pool.choose_to_give_up() is least_recent
+    pool = spare_pool(MadeUpProcess("a"), MadeUpProcess(), capacity=3)
+    assert pool.choose_to_give_up() is None
+
+
+@pytest.mark.parametrize(
+    "ages, expired",
+    [
+        ([700, 10], 0),  # older than SPARE_SECONDS
+        ([10, 700], 1),
+        ([700, 0], None),  # the newest is still starting
+        ([10, 10], None),
+    ],
+)
+def test_spare_pool_old_spares_expire_when_the_newest_has_started(ages, expired):
+    processes = [MadeUpProcess(age=age) for age in ages]
+    chosen = spare_pool(*processes).choose_expired(100.0)
+    assert chosen is (None if expired is None else processes[expired])
+
+
+def test_spare_pool_paused_conversation_expires():
+    paused = MadeUpProcess("a", idle=2 * proxy.IDLE_CONVERSATION_SECONDS)
+    idle_blank = MadeUpProcess(idle=2 * proxy.IDLE_CONVERSATION_SECONDS)
+    assert spare_pool(idle_blank, paused).choose_expired(100.0) is paused
+    assert spare_pool(idle_blank).choose_expired(100.0) is None
+
+
+def test_pool_starts_with_the_server(spare_server):
+    spare_server.announce()
+    assert spare_server.spare_states() == [BLANK, BLANK]
+    _, used_spare = spare_server.chat_with_spare("a")
+    assert used_spare
+
+
+@pytest.mark.parametrize(
+    "messages, parameters",
+    [
+        ([user("a")], {}),
+        (dialogue("a", "b", "c"), {}),  # examples in front
+        ([user("a")], {"tools": [tool()]}),
+    ],
+    ids=["one turn", "few-shot", "tools"],
+)
+def test_pool_first_request_is_no_reason_to_prepare_its_next_turn(
+    spare_server, messages, parameters
+):
+    spare_server.announce()
+    for _ in range(2):
+        _, used_spare = spare_server.chat_with_spare(messages, **parameters)
+        assert used_spare
+        assert spare_server.spare_states() == [BLANK, BLANK]
+
+
+def begin_conversation(server, first="a", system_text="s"):
+    """Ask twice; return the history. A spare then holds the conversation."""
+    history = [system(system_text), user(first)]
+    for text in ("b", "c"):
+        server.settle()
+        history += [server.chat(history).message, user(text)]
+    return history
+
+
+def test_pool_continued_conversation_is_prepared(spare_server):
+    spare_server.announce()
+    history = begin_conversation(spare_server)
+    assert spare_server.spare_states() == [primed(4), BLANK]
+    history[-1] = user("mock:show")
+    response, used_spare = spare_server.chat_with_spare(history)
+    assert used_spare
+    turns = json.loads(response.content)["turns"]
+    roles = [turn["role"] for turn in turns]
+    assert roles == ["user", "assistant", "user", "assistant", "user"]
+    assert turns[3]["content"] == text_blocks("You said: b ")
+
+
+def test_pool_prepared_spare_serves_the_next_turn_of_the_other_endpoint(spare_server):
+    spare_server.announce()
+    history = begin_conversation(spare_server)
+    items = [{"type": "message", **message} for message in history]
+    _, used_spare = spare_server.uses_spare(lambda: spare_server.respond(items))
+    assert used_spare
+    assert spare_server.spare_states() == [primed(6), BLANK]
+
+
+def test_pool_tool_loop_is_prepared_from_its_first_call(spare_server):
+    spare_server.announce()
+    words = "mock:tool=get_weather mock:tokens=1"
+    history = [user(f"mock:think=1 {words}")]
+    for step in range(3):
+        response, used_spare = spare_server.chat_with_spare(history, tools=[tool()])
+        assert used_spare
+        assert spare_server.spare_states() == [primed(2 * step + 2), BLANK]
+        call_id = response.tool_calls[0]["id"]
+        history += [response.message, tool_message(words, call_id)]
+    first_answers = []
+    for process in spare_server.spares():
+        turns = turns_sent_to(process)
+        if turns:
+            first_answers.append([block["type"] for block in turns[1]["content"]])
+    assert first_answers == [["thinking", "text", "tool_use"]]
+
+
+@pytest.mark.parametrize("keepalive_seconds", [10, 0])
+def test_pool_prepares_a_spare_when_the_answer_begins(
+    spare_server, keepalive_seconds, monkeypatch
+):
+    """It takes in the turns of the request while the answer comes.
+
+    Also if a chunk that only kept the stream alive came first.
+    """
+    spare_server.announce()
+    monkeypatch.setattr(proxy, "KEEPALIVE_SECONDS", keepalive_seconds)
+    monkeypatch.setattr(proxy, "POLL_SECONDS", 0.01)
+    before = [user("a"), spare_server.chat("a").message]
+    spare_server.settle()
+    words = "mock:delay_ms=100 mock:tokens=2 mock:gap_ms=60000"
+    connection = open_request(spare_server.port, words, True, before)
+
+    def has_primed_spare():
+        return any(turns_sent_to(process) for process in spare_server.spares())
+
+    wait_until(has_primed_spare)
+    wait_until(lambda: all(map(has_sent_all, spare_server.spares())))
+    connection.close()
+    # An answer that was cut short is not sent to it.
+    assert spare_server.spare_states() == [primed(3), BLANK]
+    history = [*before, user(words), assistant("half of")]
+    received = spare_server.received(history, model="opus")
+    texts = [turn["content"][0]["text"] for turn in received["turns"][2:4]]
+    assert texts == [words, "half of"]
+
+
+def test_pool_failed_answer_is_not_sent_to_a_spare(spare_server):
+    spare_server.announce()
+    history = [user("a"), spare_server.chat("a").message]
+    history.append(user("mock:cut=2 mock:else=other"))
+    spare_server.settle()
+    assert spare_server.chat(history).status == 502
+    assert spare_server.spare_states() == [primed(3), BLANK]
+
+
+def test_pool_one_of_several_answers_is_not_sent_to_a_spare(spare_server):
+    spare_server.announce()
+    history = [user("a"), spare_server.chat("a").message, user("b")]
+    assert spare_server.chat(history, n=2).status == 200
+    assert spare_server.spare_states() == [BLANK, BLANK]
+
+
+OTHER_CONVERSATIONS = {
+    "another system prompt": lambda history: [system("other"), *history[1:]],
+    "an edited earlier turn": lambda history: [
+        history[0],
+        user("edited"),
+        *history[2:],
+    ],
+    "an edited answer": lambda history: [
+        *history[:-2],
+        assistant("edited"),
+        history[-1],
+    ],
+    "another conversation": lambda history: [history[0], *dialogue("z", "y", "x")],
+    "a shorter one": lambda history: history[:2],
+}
+
+
+@pytest.mark.parametrize("difference", list(OTHER_CONVERSATIONS))
+def test_pool_prepared_spare_does_not_serve_another_conversation(
+    spare_server, difference
+):
+    spare_server.announce()
+    history = begin_conversation(spare_server)
+    assert spare_server.spare_states() == [primed(4), BLANK]
+    messages = OTHER_CONVERSATIONS[difference](history)
+    received = spare_server.received([*messages, assistant("ok")])
+    texts = []
+    for turn in received["turns"]:
+        texts += [block["text"] for block in turn["content"]]
+    wanted = [message["content"] for message in messages[1:]]
+    assert texts == [*wanted, "ok", "mock:show"]
+    assert received["initialize"]["systemPrompt"] == [messages[0]["content"]]
+
+
+@pytest.mark.parametrize(
+    "parameters, env",
+    [
+        (
+            {"max_tokens": 9000, "reasoning_effort": "low"},
+            {
+                "CLAUDE_CODE_MAX_OUTPUT_TOKENS": "9000",
+                "CLAUDE_CODE_EFFORT_LEVEL": "low",
+            },
+        ),
+        ({"reasoning_effort": "none"}, {"CLAUDE_CODE_DISABLE_THINKING": "1"}),
+        (
+            {"tool_choice": "none"},
+            {"CLAUDE_CODE_EXTRA_BODY": '{"tool_choice":{"type": "none"}}'},
+        ),
+    ],
+    ids=["max_tokens and effort", "no thinking", "tool_choice"],
+)
+def test_pool_prepared_spare_takes_any_options(spare_server, parameters, env):
+    spare_server.announce()
+    history = [user("mock:tool=get_weather")]
+    response = spare_server.chat(history, tools=[tool()])
+    call_id = response.tool_calls[0]["id"]
+    history += [response.message, tool_message("mock:show", call_id)]
+    assert spare_server.spare_states() == [primed(2), BLANK]
+    response, used_spare = spare_server.chat_with_spare(
+        history, tools=[tool()], **parameters
+    )
+    assert used_spare
+    received = json.loads(response.content)
+    assert received["settings"] == [{"env": env}]
+    assert len(received["turns"]) == 3
+
+
+@pytest.mark.parametrize("version, late", [("2.1.330", True), ("2.1.328", False)])
+def test_pool_spare_takes_another_model(start_server, monkeypatch, version, late):
+    """Newer CLIs take another model up to the first turn."""
+    monkeypatch.setenv("STAND_IN_VERSION", version)
+    server = start_server(spares=2)
+    server.announce()
+    assert server.spare_states() == [BLANK, BLANK]
+    history = dialogue("a", "b", "mock:show")
+    received = json.loads(server.chat(history, model="opus").content)
+    assert ("opus" in received["argv"]) is not late
+    assert ({"model": "opus"} in received["settings"]) is late
+
+
+def test_pool_true_is_not_1(spare_server):
+    """To Python they are equal; to the API they are not."""
+    first = sent_state("a")
+    other = proxy.SentState("sonnet", proxy.initialize_options("s", [{"x": True}]))
+    same = proxy.SentState("sonnet", proxy.initialize_options("s", [{"x": 1}]))
+    assert first.initialize != other.initialize
+    assert other.initialize != same.initialize
+
+    def history(value):
+        arguments = json.dumps({"x": value})
+        call = assistant_calls(tool_call(arguments=arguments))
+        return [user("a"), call, tool_message(), user("mock:show")]
+
+    answer = spare_server.chat(history(1), tools=[tool()]).message
+    messages = [*history(True), answer, user("mock:show")]
+    received = json.loads(spare_server.chat(messages, tools=[tool()]).content)
+    assert received["turns"][1]["content"][0]["input"]["x"] is True
+
+
+def test_pool_spare_knows_a_wrapped_input(spare_server):
+    spare_server.announce()
+    tools = [tool("look", parameters=ODD_SCHEMA)]
+    history = [user('mock:tool=look mock:input={"input":{"$filter":1}}')]
+    message = spare_server.chat(history, tools=tools).message
+    assert spare_server.spare_states() == [primed(2), BLANK]
+    call_id = message["tool_calls"][0]["id"]
+    history += [message, tool_message("mock:show", call_id)]
+    response, used_spare = spare_server.chat_with_spare(history, tools=tools)
+    assert used_spare
+    turns = json.loads(response.content)["turns"]
+    assert turns[1]["content"][-1]["input"] == {"input": {"$filter": 1}}
+
+
+def test_pool_spare_knows_custom_calls(spare_server):
+    spare_server.announce()
+    tools = [CUSTOM_TOOL, NAMESPACE_TOOL]
+    words = 'mock:tool=patch,mcp__w__look mock:input={"input":"*"}'
+    items = [user(words)]
+    output = spare_server.respond(items, tools=tools).json["output"]
+    assert spare_server.spare_states() == [primed(2), BLANK]
+    _, custom, function = output
+    assert (custom["name"], custom["input"]) == ("patch", "*")
+    assert function["name"] == "look"
+    items += [
+        *output,
+        call_output_item(custom["call_id"], "done", "custom_tool_call_output"),
+        call_output_item(function["call_id"], "mock:show"),
+    ]
+    response, used_spare = spare_server.uses_spare(
+        lambda: spare_server.respond(items, tools=tools)
+    )
+    assert used_spare
+    text = response.json["output"][0]["content"][0]["text"]
+    blocks = json.loads(text)["turns"][1]["content"]
+    inputs = [block["input"] for block in blocks if block["type"] == "tool_use"]
+    assert inputs == [{"input": "*"}, {"input": "*"}]
+
+
+def test_pool_two_conversations_by_turns_keep_their_spares(start_server):
+    server = start_server(spares=3)
+    server.announce()
+    histories = [[user("a")], [user("b")]]
+    for step in range(4):
+        for history in histories:
+            response, used_spare = server.chat_with_spare(history)
+            assert used_spare
+            if step > 1:
+                texts = [texts_sent_to(process) for process in server.spares()]
+                assert sorted(text[0] for text in texts if text) == ["a", "b"]
+            history += [response.message, user("next")]
+    assert server.spare_states() == [primed(8), primed(8), BLANK]
+
+
+@pytest.mark.parametrize("spares", [1, 2, 3])
+def test_pool_size_is_bounded_and_one_is_always_blank(start_server, spares):
+    server = start_server(spares=spares)
+    server.announce()
+    for text in "abc":
+        begin_conversation(server, text)
+        server.settle()
+        assert len(server.spares()) == spares
+        assert BLANK in server.spare_states()
+    states = server.spare_states()
+    assert states == [primed(4)] * (spares - 1) + [BLANK]
+
+
+def test_pool_spare_is_taken_once(spare_server):
+    spare_server.chat("a")
+    spare_server.settle()
+    taken = run_in_threads(*[spare_server.take_spare] * 8)
+    processes = [process for process in taken if process]
+    assert len(processes) == 2
+    assert processes[0] is not processes[1]
+    for process in processes:
+        spare_server.retire(process)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_pool_spare_that_is_dead_or_stopped_is_replaced_unseen(
+    spare_server, monkeypatch, number
+):
+    monkeypatch.setattr(proxy, "SPARE_SILENCE_SECONDS", 0.2)
+    spare_server.announce()
+    spare_server.settle()
+    # The main thread must not see it before the request does.
+    with spare_server.pool.lock:
+        for spare in spare_server.spares():
+            os.kill(pid_of(spare), number)
+    assert spare_server.chat("b").content == "You said: b "
+
+
+def test_pool_dead_spare_is_replaced_at_once(spare_server, monkeypatch):
+    monkeypatch.setattr(proxy, "STARTUP_SECONDS", 0)
+    spare_server.announce()
+    spare_server.settle()
+    before = spare_server.spare_pids()
+    for spare in spare_server.spares():
+        os.kill(pid_of(spare), signal.SIGKILL)
+
+    def are_replaced():
+        pids = spare_server.spare_pids()
+        return len(pids) == 2 and not before & pids
+
+    wait_until(are_replaced)
+
+
+def test_pool_cli_that_dies_at_its_start_is_not_started_for_ever(
+    start_server, tmp_path
+):
+    starts = tmp_path / "starts"
+    text = f'#!/bin/sh\n[ "$1" = -p ] && echo x >>{starts}\necho 2.1.332\n'
+    server = start_server(spares=2, claude=write_script(tmp_path / "claude", text))
+    server.service.installation.find_binary()
+    server.pool.request_refill()
+    wait_until(lambda: server.pool.early_deaths == 2 and not server.has_processes())
+    for _ in range(3):
+        server.wait_for_tick()
+    assert starts.read_text() == "x\n" * 2
+    server.pool.next_start_at = 0.0
+    wait_until(lambda: server.pool.early_deaths == 4)
+
+
+def test_pool_goes_on_when_a_spare_cannot_be_started(spare_server, monkeypatch):
+    assert spare_server.chat("a").status == 200
+    spare_server.settle()
+    with monkeypatch.context() as patch:
+        patch.setattr(proxy, "make_server_directory", raise_os_error)
+        shutil.rmtree(spare_server.cli_directory())
+        spare_server.drop_spares()
+        spare_server.pool.request_refill()
+        spare_server.wait_for_tick()
+        spare_server.wait_for_tick()
+        assert not spare_server.spares()
+        health = spare_server.health()
+        assert health["status"] == "error"
+        assert "TMPDIR" in health["message"]
+        response = spare_server.chat("b")
+        assert response.status == 503
+        assert response.error["code"] == "no_temporary_directory"
+    assert spare_server.chat("c").status == 200
+
+
+def raise_os_error():
+    raise FileNotFoundError
+
+
+def test_pool_looks_for_another_directory_when_its_own_is_gone(
+    spare_server, monkeypatch, tmp_path
+):
+    gone = tmp_path / "gone"
+    monkeypatch.setattr(tempfile, "tempdir", str(gone))
+    assert spare_server.chat("c").status == 200
+
+
+def test_pool_directory_of_a_killed_server_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left_behind = proxy.make_server_directory()
+    os.close(proxy.lock_directory(left_behind))
+    in_use = proxy.make_server_directory()
+    lock = proxy.lock_directory(in_use)
+    foreign = tmp_path / "claude-max-notes"
+    foreign.mkdir()
+    proxy.remove_stale_directories()
+    os.close(lock)
+    assert not os.path.exists(left_behind)
+    assert os.path.exists(in_use)
+    assert foreign.exists()
+
+
+def test_pool_old_spares_are_replaced_one_after_the_other(spare_server, monkeypatch):
+    spare_server.chat(dialogue("a", "b", "c"))
+    spare_server.settle()
+    before = spare_server.spare_pids()
+    monkeypatch.setattr(proxy, "STARTUP_SECONDS", 0.1)
+    monkeypatch.setattr(proxy, "SPARE_SECONDS", 0.2)
+    counts = []
+
+    def are_replaced():
+        spare_server.wake()
+        pids = spare_server.spare_pids()
+        counts.append(len(pids))
+        return not before & pids
+
+    wait_until(are_replaced)
+    assert min(counts) >= 1
+    assert max(counts) == 2
+
+
+def test_pool_without_requests_for_long_holds_no_spares(spare_server, monkeypatch):
+    spare_server.chat("a")
+    spare_server.settle()
+    for name in ("STARTUP_SECONDS", "SPARE_SECONDS", "NO_REQUEST_SECONDS"):
+        monkeypatch.setattr(proxy, name, 0)
+
+    def holds_none():
+        spare_server.wake()
+        return not spare_server.spares()
+
+    wait_until(holds_none)
+    assert spare_server.spare_states() == []
+    assert spare_server.chat("b").status == 200
+
+
+def test_pool_request_within_the_rest_period_keeps_spares_going(
+    spare_server, monkeypatch
+):
+    spare_server.pretend_no_request_for(2 * proxy.NO_REQUEST_SECONDS)
+    spare_server.chat("a")
+    spare_server.settle()
+    before = spare_server.spare_pids()
+    monkeypatch.setattr(proxy, "STARTUP_SECONDS", 0)
+    monkeypatch.setattr(proxy, "SPARE_SECONDS", 0.2)
+
+    def are_replaced():
+        spare_server.wake()
+        pids = spare_server.spare_pids()
+        return len(pids) == 2 and not before & pids
+
+    wait_until(are_replaced)
+
+
+def test_pool_spares_of_a_replaced_cli_end(spare_server):
+    spare_server.chat("a")
+    spare_server.settle()
+    assert len(spare_server.spares()) == 2
+    before = spare_server.spare_pids()
+    spare_server.replace_cli()
+    wait_until(lambda: not before & spare_server.spare_pids())
+    assert spare_server.chat("b").status == 200
+    spare_server.settle()
+    assert len(spare_server.spares()) == 2
+
+
+def test_pool_spares_end_when_the_login_is_refused(spare_server):
+    spare_server.chat("leave a spare")
+    spare_server.settle()
+    before = spare_server.spare_pids()
+    assert before
+    spare_server.chat("mock:status=401")
+    assert not before & spare_server.spare_pids()
+    assert spare_server.chat("hi").status == 200
+
+
+def test_pool_removed_directory_is_made_again(spare_server):
+    assert spare_server.chat("a").status == 200
+    spare_server.settle()
+    shutil.rmtree(spare_server.cli_directory())
+    spare_server.drop_spares()
+    assert os.listdir(spare_server.received([])["cwd"]) == []
+
+
+# ── Generation: answers ──────────────────────────────────────────────────────────
+
+
+def test_generation_tool_calls(server):
+    tools = [tool(), tool("get_time")]
+    response = server.chat(WEATHER_AND_TIME, tools=tools, stream=True)
+    check_weather_and_time(response)
+
+
+def test_generation_structured_output(server):
+    words = 'mock:input={"a":1}'
+    response_format = json_schema_format()
+    response = server.chat(words, response_format=response_format, stream=True)
+    assert response.content == '{"a":1}'
+    assert response.finish_reason == "stop"
+    assert "tool_calls" not in response.message
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_generation_leaves_out_what_comes_after_the_answer(server, stream):
+    response = server.chat("mock:stop=max_tokens mock:tokens=1", stream=stream)
+    assert response.content == "tok0 "
+    assert response.finish_reason == "length"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_generation_large_answer(server, stream):
+    response = server.chat("mock:say=" + "x" * 500_000, stream=stream)
+    assert response.content == "x" * 500_000
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_generation_stop_string_ends_the_process_at_once(server, stream):
+    words = mock_texts("aSTOP", "never") + " mock:gap_ms=600000"
+    assert server.chat(words, stop="STOP", stream=stream).content == "a"
+    wait_until(server.is_idle, 5)
+
+
+def test_generation_many_at_once_are_not_mixed_up(start_server):
+    server = start_server(spares=2, max_concurrency=16)
+
+    def ask(number):
+        messages = dialogue(f"q{number}", "x", f"text{number}")
+        return server.chat(messages, stream=bool(number % 2)).content
+
+    with concurrent.futures.ThreadPoolExecutor(16) as executor:
+        contents = list(executor.map(ask, range(16)))
+    assert contents == [f"You said: text{number} " for number in range(16)]
+
+
+def check_same_answer(body, chat):
+    """A response of /v1/responses says what a chat completion says."""
+    texts = {"message": "", "reasoning": ""}
+    calls = []
+    for one in body["output"]:
+        for part in one.get("content") or one.get("summary") or []:
+            texts[one["type"]] += part["text"]
+        if one["type"] == "function_call":
+            calls.append({"name": one["name"], "arguments": one["arguments"]})
+    assert texts["message"] == chat.content
+    assert texts["reasoning"] == chat.message.get("reasoning_content", "")
+    assert calls == chat.functions
+    usage = chat.json["usage"]
+    assert body["usage"]["input_tokens"] == usage["prompt_tokens"]
+    assert body["usage"]["output_tokens"] == usage["completion_tokens"]
+
+
+@pytest.mark.parametrize(
+    "words", ["mock:think=2 mock:tool=f,g", "mock:stop=max_tokens"]
+)
+def test_generation_both_endpoints_give_the_same_answer(server, words):
+    tools = [function_tool("f"), function_tool("g")]
+    whole = server.respond(words, tools=tools, **WITH_SUMMARY)
+    stream = server.respond(words, tools=tools, stream=True, **WITH_SUMMARY)
+    chat = server.chat(words, tools=[tool("f"), tool("g")])
+    for body in (whole.json, stream.chunks[-1]["response"]):
+        check_same_answer(body, chat)
+
+
+# ── Generation: several answers ──────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_n(server, stream):
+    parameters = {"stream_options": {"include_usage": True}} if stream else {}
+    response = server.chat("mock:tokens=2", n=3, stream=stream, **parameters)
+    assert [choice["index"] for choice in response.choices] == [0, 1, 2]
+    contents = [choice["message"]["content"] for choice in response.choices]
+    assert contents == ["tok0 tok1 "] * 3
+    body = response.chunks[-1] if stream else response.json
+    assert body["usage"]["completion_tokens"] == 6
+
+
+def test_n_fails_as_one(server):
+    assert server.chat("mock:status=429", n=2).status == 429
+
+
+def test_n_beyond_max_concurrency(start_server):
+    response = start_server(max_concurrency=2).chat("hi", n=3)
+    assert response.status == 400
+    assert response.error["param"] == "n"
+
+
+# ── Generation: failures ─────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_generation_failure_before_the_answer(server, stream):
+    response = server.chat("mock:status=529", stream=stream)
+    assert response.status == 503
+    assert response.error["code"] == "server_is_overloaded"
+    assert set(response.error) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_generation_failure_before_a_response(server, stream):
+    response = server.respond("mock:status=529", stream=stream)
+    assert response.status == 503
+    assert response.error["code"] == "server_is_overloaded"
+
+
+def test_generation_failure_inside_a_stream(server):
+    response = server.chat("mock:cut=1 mock:else=Other", stream=True)
+    assert response.status == 200
+    assert not response.done
+    assert response.error["code"] == "stream_interrupted"
+    reasons = [chunk["choices"][0]["finish_reason"] for chunk in response.chunks[:-1]]
+    assert set(reasons) == {None}
+
+
+def test_generation_failure_inside_a_stream_of_a_response(server):
+    response = server.respond("mock:cut=1 mock:else=Other", stream=True)
+    error, failed = response.chunks[-2:]
+    assert response.status == 200
+    assert error["error"]["code"] == "stream_interrupted"
+    assert failed["type"] == "response.failed"
+    assert failed["response"]["status"] == "failed"
+    assert failed["response"]["error"]["code"] == "stream_interrupted"
+
+
+def test_generation_refusal_is_a_failed_response(server):
+    body = server.respond("mock:tokens=1 mock:stop=refusal").json
+    assert body["status"] == "failed"
+    assert body["error"]["code"] == "invalid_prompt"
+
+
+def test_generation_retry_after(server):
+    assert server.chat("mock:retry=429").headers["Retry-After"] == "8"
+
+
+def test_generation_limit_of_the_plan(server):
+    response = server.respond("mock:limit=300 mock:status=429")
+    assert response.status == 429
+    assert response.error["type"] == "usage_limit_reached"
+    assert 290 <= response.error["resets_at"] - time.time() <= 310
+    assert "Retry-After" in response.headers
+
+
+def test_generation_limit_that_is_not_the_plans(server):
+    response = server.respond("mock:status=429")
+    assert response.error["type"] == "rate_limit_error"
+
+
+def test_generation_limit_is_logged_once(start_server, log_lines):
+    server = start_server()
+    for _ in range(2):
+        server.chat("mock:limit=99 mock:tokens=1")
+    warnings = [line for line in log_lines if line.startswith("limit ")]
+    assert len(warnings) == 1
+    assert "status=rejected resetsAt=" in warnings[0]
+    assert server.health()["rate_limit"]["status"] == "rejected"
+
+
+# ── Generation: time-outs ────────────────────────────────────────────────────────
+
+
+def test_timeout_of_silence_is_504(start_server):
+    server = start_server(timeout=0.3)
+    words = "mock:tokens=2 mock:gap_ms=60000"
+    hanging, retrying, stream = run_in_threads(
+        lambda: server.chat("mock:hang"),
+        lambda: server.chat("mock:retry=529 mock:retries=99"),
+        lambda: server.chat(words, stream=True),
+    )
+    assert hanging.status == 504
+    assert retrying.status == 504
+    assert stream.status == 200
+    assert stream.error["code"] == "timeout"
+
+
+def test_timeout_does_not_end_an_answer_whose_tokens_keep_coming(start_server):
+    server = start_server(timeout=1)
+    response = server.chat("mock:tokens=13 mock:gap_ms=100")
+    assert response.status == 200
+    assert response.content.endswith("tok12 ")
+
+
+def test_keep_alive_chunks_of_a_silent_stream(eager_server):
+    stream = eager_server.chat("mock:delay_ms=500 mock:tokens=1", stream=True)
+    assert stream.content == "tok0 "
+    assert stream.deltas[0] == {"role": "assistant", "content": ""}
+    assert stream.deltas[1] == {"content": ""}
+    assert stream.deltas[2] == {"content": ""}
+    roles = [delta["role"] for delta in stream.deltas if "role" in delta]
+    assert roles == ["assistant"]
+    assert len({(chunk["id"], chunk["created"]) for chunk in stream.chunks}) == 1
+
+
+def test_keep_alive_events_of_a_silent_response(eager_server):
+    stream = eager_server.respond("mock:delay_ms=500 mock:tokens=1", stream=True)
+    types = [event["type"] for event in stream.chunks]
+    assert types[0] == "response.created"
+    assert types.count("response.in_progress") > 2
+    numbers = [event["sequence_number"] for event in stream.chunks]
+    assert numbers == list(range(len(types)))
+
+
+# ── Generation: disconnects ──────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("words", ["mock:hang", "mock:tokens=99 mock:gap_ms=60000"])
+@pytest.mark.parametrize("early", [b"", b"\r\n"], ids=["", "sent ahead"])
+def test_disconnect_ends_the_process(server, stream, words, early, monkeypatch):
+    monkeypatch.setattr(proxy, "POLL_SECONDS", 60)  # so that no tick can notice it
+    connection = open_request(server.port, words, stream)
+    connection.sendall(early)
+    (process,) = wait_until(server.answering)
+    wait_until(lambda: has_sent_all(process))
+    connection.close()
+    wait_until(lambda: not is_running(process), 5)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("words", ["mock:delay_ms=60", "mock:gap_ms=15"])
+def test_half_close_client_gets_its_answer(server, stream, words, monkeypatch):
+    monkeypatch.setattr(proxy, "POLL_SECONDS", 0.01)
+    with open_request(server.port, words, stream) as connection:
+        connection.shutdown(socket.SHUT_WR)
+        response = read_all(connection)
+    assert b" 200 OK" in response
+    assert b"tok4 " in response
+    end = b"[DONE]\n\n\r\n0\r\n\r\n" if stream else b"}\n"
+    assert response.endswith(end)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("words", ["mock:hang", "mock:tokens=99 mock:gap_ms=60000"])
+def test_half_close_then_disconnect_ends_the_process(server, stream, words):
+    connection = open_request(server.port, words, stream)
+    connection.shutdown(socket.SHUT_WR)
+    connection.recv(9)  # the server has asked whether the client is there
+    (process,) = wait_until(server.answering)
+    assert is_running(process)
+    connection.close()
+    wait_until(lambda: not is_running(process), 5)
+
+
+def test_disconnect_of_a_client_that_does_not_read(server, monkeypatch):
+    monkeypatch.setattr(proxy, "WRITE_SECONDS", 0.2)
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", server.port))
+        send_chat(connection, "mock:say=" + "x" * 8_000_000, True)
+        wait_until(server.is_busy)
+        wait_until(server.is_idle, 10)
+
+
+# ── Generation: queue ────────────────────────────────────────────────────────────
+
+
+def test_queue_is_served_in_order(start_server, tmp_path):
+    """The processes start in the order in which their requests came."""
+    starts = tmp_path / "starts"
+    text = f'#!/bin/sh\n[ "$1" = -p ] && echo "$@" >>{starts}\nexec {STAND_IN} "$@"\n'
+    path = write_script(tmp_path / "claude", text)
+    server = start_server(max_concurrency=1, claude=path)
+    first = open_request(server.port, "mock:hang", False, model="claude-0")
+    wait_until(lambda: server.active() == 1)
+    waiting = []
+    for number in range(1, 7):
+        model = f"claude-{number}"
+        waiting.append(open_request(server.port, "hi", False, model=model))
+        wait_until(lambda: server.waiting() == len(waiting))
+    first.close()
+    for connection in waiting:
+        read_until(connection, b"You said: hi")
+        connection.close()
+    models = [line.split()[-1] for line in starts.read_text().splitlines()]
+    assert models == [f"claude-{number}" for number in range(7)]
+
+
+def test_queue_client_that_leaves_gives_up_its_place(start_server):
+    server = start_server(max_concurrency=1)
+    first = open_request(server.port, "mock:gap_ms=60000", False)
+    wait_until(lambda: server.active() == 1)
+    second = open_request(server.port, "second", False)
+    wait_until(lambda: server.waiting() == 1)
+    third = open_request(server.port, "third", False)
+    wait_until(lambda: server.waiting() == 2)
+    second.close()
+    wait_until(lambda: server.waiting() == 1)
     first.close()
     with third:
         read_until(third, b"You said: third")
 
 
-def test_some_hundreds_may_wait():
-    gate, (near, far) = proxy.Gate(1), socket.socketpair()
-    with near, far:
-        for _ in range(300):
-            gate.queue.append(object())
-        waiting = gate.enter(1, proxy.TimedReader(near, None))
-        with contextlib.closing(waiting):
-            assert next(waiting) is None
+def test_queue_takes_some_hundreds():
+    assert wait_in_queue(300) is None
 
 
-def test_a_full_queue_is_429(make, monkeypatch):
+def test_queue_full_is_429(start_server, monkeypatch):
     monkeypatch.setattr(proxy, "MAX_WAITING", 0)
-    reply = make().chat("hi")
-    assert reply.status == 429 and reply.headers["Retry-After"] == "5"
-    assert reply.error["code"] == "queue_full"
+    response = start_server().chat("hi")
+    assert response.status == 429
+    assert response.headers["Retry-After"] == "5"
+    assert response.error["code"] == "queue_full"
 
 
-# ── Tools ──────────────────────────────────────────────────────────────────────────
+# ── HTTP: endpoints ──────────────────────────────────────────────────────────────
 
 
-def tool(name="get_weather", description="Weather of a city", parameters=None):
-    parameters = parameters or {"type": "object", "properties": {"city": {"type": "string"}}}
-    function = {"name": name, "description": description, "parameters": parameters}
-    return {"type": "function", "function": function}
+def test_chat_completion(server):
+    response = server.chat("mock:tokens=2")
+    assert response.status == 200
+    body = response.json
+    assert re.fullmatch("chatcmpl-[0-9a-f]{24}", body["id"])
+    assert body["object"] == "chat.completion"
+    assert abs(body["created"] - time.time()) < 60
+    assert body["model"] == "claude-sonnet-mock"
+    message = {"role": "assistant", "content": "tok0 tok1 ", "refusal": None}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
+    assert body["choices"] == [choice]
+    assert body["usage"] == {
+        "prompt_tokens": 10,
+        "completion_tokens": 2,
+        "total_tokens": 12,
+        "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": 0},
+    }
 
 
-def call(name="get_weather", arguments='{"city":"Paris"}', id="call_1"):
-    function = {"name": name, "arguments": arguments}
-    return {"id": id, "type": "function", "function": function}
-
-
-def calling(*calls, content=None):
-    return {"role": "assistant", "content": content, "tool_calls": list(calls)}
-
-
-def tool_result(content="sunny", id="call_1"):
-    return {"role": "tool", "tool_call_id": id, "content": content}
-
-
-WISH = "mock:tool=get_weather,get_time mock:tokens=1"
-
-
-def test_tool_calls(server):
-    tools = [tool(), tool("get_time")]
-    for reply in answered(WISH, tools=tools), server.chat(WISH, tools=tools, stream=True):
-        assert reply.finish == "tool_calls" and reply.content == "tok0 "
-        functions = [function for _, function in reply.calls]
-        names = [function["name"] for function in functions]
-        assert names == ["get_weather", "get_time"] and len(dict(reply.calls)) == 2
-        assert {function["arguments"] for function in functions} == {'{"city":"Paris"}'}
-
-
-def test_streamed_tool_calls_are_name_first_then_arguments():
-    stream, reply = streamed("mock:tool=get_weather mock:notext", tools=[tool()])
-    deltas = [chunk["choices"][0]["delta"].get("tool_calls") for chunk in stream.chunks]
-    first, *rest = [delta[0] for delta in deltas if delta]
-    assert first.pop("id").startswith("toolu_")
-    function = {"name": "get_weather", "arguments": ""}
-    assert first == {"index": 0, "type": "function", "function": function}
-    texts = ['{"city"', ':"Paris', '"}']
-    assert rest == [{"index": 0, "function": {"arguments": text}} for text in texts]
-    assert reply.completion()["choices"][0]["message"]["content"] is None
-
-
-def test_a_call_without_arguments_has_an_empty_object():
-    reply = answered("mock:tool=get_weather mock:input=none", tools=[tool()])
-    assert reply.calls[0][1]["arguments"] == "{}"
-
-
-def test_tools_reach_the_cli(server):
-    told = server.told("x", tools=[tool(), tool("b", "", {"type": "object"})])
-    assert told["initialize"]["sdkMcpServers"] == ["c"]
-    first = {"name": "get_weather", "description": "Weather of a city"}
-    assert told["tools"][0] == {**first, "inputSchema": tool()["function"]["parameters"]}
-    assert "sdkMcpServers" not in server.told("x")["initialize"]
-
-
-def test_history_of_calls():
-    calls = calling(call(), call(id="call_2"), content="b")
-    results = [tool_result(), tool_result("rain", "call_2")]
-    messages = [user("a"), calls, *results, user("c")]
-    use = {"type": "tool_use", "name": "get_weather", "input": {"city": "Paris"}}
-    result = {"type": "tool_result", "tool_use_id": "call_1", "content": "sunny"}
-    assert [t["content"] for t in ask_of(messages, tools=[tool()]).turns] == [
-        text_blocks("a"),
-        [*text_blocks("b"), {**use, "id": "call_1"}, {**use, "id": "call_2"}],
-        [result, {**result, "tool_use_id": "call_2", "content": "rain"}, *text_blocks("c")],
+def test_chat_stream(server):
+    response = server.chat("mock:tokens=2", stream=True)
+    assert response.status == 200
+    assert response.done
+    assert response.headers["Content-Type"] == "text/event-stream"
+    heads = {
+        (chunk["id"], chunk["created"], chunk["model"]) for chunk in response.chunks
+    }
+    assert len(heads) == 1
+    assert response.deltas == [
+        {"role": "assistant", "content": ""},
+        {"content": "tok0 "},
+        {"content": "tok1 "},
+        {},
     ]
-
-
-@pytest.mark.parametrize("content, blocks", [
-    ("", None),
-    ([], None),
-    (text_blocks("a", "b"), text_blocks("a", "b")),
-    (text_blocks("a"), "a"),
-    ([{"type": "image_url", "image_url": {"url": "https://x/y.png"}}],
-     [{"type": "image", "source": {"type": "url", "url": "https://x/y.png"}}]),
-])  # fmt: skip
-def test_tool_results(content, blocks):
-    ask = ask_of([user("a"), calling(call()), tool_result(content)], tools=[tool()])
-    assert ask.turns[-1]["content"][0].get("content") == blocks
-
-
-@pytest.mark.parametrize("messages, param", [
-    ([user("a"), tool_result()], "messages[1].tool_call_id"),
-    ([user("a"), calling(call()), user("b")], "messages[1].tool_calls[0].function"),
-    ([user("a"), calling(call())], "messages[1].tool_calls[0].function"),
-    ([user("a"), calling(call()), tool_result(id="other")], "messages[2].tool_call_id"),
-    ([user("a"), calling(call()), tool_result(), tool_result()], "messages[3].tool_call_id"),
-    ([user("a"), calling(call(), call()), tool_result()], "messages[1].tool_calls[1].function"),
-])  # fmt: skip
-def test_calls_and_results_must_match(messages, param):
-    assert fault(ask_of, messages, tools=[tool()]) == (400, param)
-
-
-@pytest.mark.parametrize("arguments, value", [
-    ("", {}),
-    ("{}", {}),
-    ('{"a":1}', {"a": 1}),
-    ('{"a', {"arguments": '{"a'}),
-    ("5", {"arguments": "5"}),
-])  # fmt: skip
-def test_arguments_become_an_object(arguments, value):
-    assert proxy.call_input(proxy.Field({"arguments": arguments})) == value
-
-
-def test_names_and_ids_that_the_api_refuses():
-    odd, id = "functions.get weather:0", "call:1/2"
-    wish = f"mock:tool={proxy.api_name(odd)}"
-    reply = answered(wish, tools=[tool(odd), tool("plain")])
-    assert reply.calls[0][1]["name"] == odd
-    ask = ask_of([user("a"), calling(call(odd, id=id)), tool_result(id=id)], tools=[tool(odd)])
-    use, result = ask.turns[1]["content"][0], ask.turns[2]["content"][0]
-    assert use["name"] == ask.setup.tools[0]["name"] == proxy.api_name(odd)
-    assert use["id"] == result["tool_use_id"] == proxy.api_name(id)
-    assert proxy.API_NAME.fullmatch(use["name"]) and proxy.API_NAME.fullmatch(use["id"])
-    assert proxy.api_name("Bash") == "Bash" and proxy.api_name("ToolSearch") != "ToolSearch"
-    assert proxy.api_name("a.b") != proxy.api_name("a:b")
-
-
-@pytest.mark.parametrize("choice, parallel, native", [
-    ("auto", None, {}),
-    ("auto", True, {}),
-    ("auto", False, {"type": "auto", "disable_parallel_tool_use": True}),
-    ("none", False, {"type": "none"}),
-    ("required", None, {"type": "any"}),
-    ({"type": "function", "function": {"name": "get_weather"}}, False,
-     {"type": "tool", "name": "get_weather", "disable_parallel_tool_use": True}),
-])  # fmt: skip
-def test_tool_choice(choice, parallel, native):
-    options = ask_of(tools=[tool()], tool_choice=choice, parallel_tool_calls=parallel).options
-    assert json.loads(options.tool_choice or "{}") == native
-    assert options.thinking == (native.get("type") not in ("any", "tool"))
-
-
-def test_tool_choice_reaches_the_cli(server):
-    told = server.told("x", tools=[tool()], tool_choice="required")
-    assert json.loads(told["env"]["CLAUDE_CODE_EXTRA_BODY"]) == {"tool_choice": {"type": "any"}}
-    assert told["env"]["CLAUDE_CODE_DISABLE_THINKING"] == "1"
-
-
-@pytest.mark.parametrize("parameters, param", [
-    ({"tools": [5]}, "tools[0]"),
-    ({"tools": [{"type": "custom"}]}, "tools[0].type"),
-    ({"tools": [{"type": "function"}]}, "tools[0].function.name"),
-    ({"tools": [{"function": {}}]}, "tools[0].function.name"),
-    ({"tools": [tool("")]}, "tools[0].function.name"),
-    ({"tools": [tool(), tool()]}, "tools[1].function.name"),
-    ({"tools": [tool(parameters={"type": "array"})]}, "tools[0].function.parameters"),
-    ({"tools": [tool(parameters={"properties": []})]}, "tools[0].function.parameters.properties"),
-    ({"tools": [tool(parameters={"properties": {"a": 5}})]},
-     "tools[0].function.parameters.properties.a"),
-    ({"tools": [tool(parameters={"required": [5]})]}, "tools[0].function.parameters.required[0]"),
-    ({"tools": [tool(parameters={"anyOf": 5})]}, "tools[0].function.parameters.anyOf"),
-    ({"tools": [tool(parameters={"anyOf": [5]})]}, "tools[0].function.parameters.anyOf[0]"),
-    ({"tool_choice": "required"}, "tool_choice"),
-    ({"tools": [tool()], "tool_choice": "sometimes"}, "tool_choice"),
-    ({"tools": [tool()], "tool_choice": {"type": "function", "function": {"name": "x"}}},
-     "tool_choice"),
-])  # fmt: skip
-def test_tools_refused(parameters, param):
-    assert fault(ask_of, **parameters) == (400, param)
-
-
-def fixed(schema):
-    """-> (the schema as the API gets it, whether the input is wrapped)."""
-    return proxy.object_schema(proxy.Field(schema, "x"))
-
-
-def test_schemas_are_made_acceptable():
-    assert fixed({}) == fixed({"type": ["object", "null"]}) == ({"type": "object"}, False)
-    booleans = fixed({"properties": {"a": True, "b": False}})[0]
-    assert booleans["properties"] == {"a": {}, "b": {"not": {}}}
-
-
-@pytest.mark.parametrize("odd", [
-    {"anyOf": [{"properties": {"a": {}}}, {"$ref": "#/$defs/x"}], "description": "d"},
-    {"properties": {"a b": {}}, "required": ["a b"]},
-])  # fmt: skip
-def test_what_can_not_stand_at_the_top_is_wrapped(odd):
-    definitions = {"$defs": {"x": {"type": "string"}}}
-    schema, wrapped = fixed({**odd, **definitions})
-    inner = {"type": "object", "properties": {"input": {**odd, "type": "object"}}}
-    assert wrapped and schema == {**inner, "required": ["input"], **definitions}
-
-
-@pytest.mark.parametrize("old, new", [
-    ({"items": [{"type": "any"}, True]}, {"prefixItems": [{}, {}]}),
-    ({"minimum": 0, "exclusiveMinimum": True}, {"minimum": 0}),
-    ({"maximum": 0, "exclusiveMaximum": False}, {"maximum": 0}),
-    ({"type": "file", "$id": "#x"}, {}),
-    ({"required": ["a", "a"], "type": ["null", "null"]}, {"required": ["a"], "type": ["null"]}),
-    ({"items": [], "anyOf": []}, {}),
-    ({"minimum": "0", "maxLength": "9" * 5000}, {}),
-    ({"additionalProperties": "false"}, {}),
-    ({"type": ["string", "null"]}, {"type": ["string", "null"]}),
-    ({"items": {"properties": {"a": True}}}, {"items": {"properties": {"a": {}}}}),
-    ({"allOf": [{"type": "string"}]}, {"allOf": [{"type": "string"}]}),
-])  # fmt: skip
-def test_schemas_of_older_drafts(old, new):
-    assert fixed({"properties": {"p": old}})[0]["properties"]["p"] == new
-
-
-@pytest.mark.parametrize("depth, status", [(20, 200), (5000, 400)])
-def test_a_deep_schema_is_a_bad_request(server, depth, status):
-    inside = '{"type":"object","properties":{"a":' * depth + "{}" + "}}" * depth
-    body = json.dumps({"model": "opus", "messages": [user("x")], "tools": [tool()]})
-    reply = server.post(body.replace('{"type": "string"}', inside))
-    assert reply.status == status
-    assert status == 200 or "nested too deeply" in reply.error["message"]
-
-
-def test_types_of_a_schema_that_are_no_types():
-    assert refused(tools=[tool(parameters={"type": [{}]})])["status"] == 400
-    odd = ask_of(tools=[tool(parameters={"properties": {"a": {"type": [{}]}}})])
-    assert odd.setup.tools[0]["inputSchema"]["properties"] == {"a": {}}
-
-
-def test_no_messages():
-    assert refused([])["param"] == "messages"
-
-
-def test_long_descriptions_move_where_they_are_not_cut():
-    made = proxy.mcp_tool("a", "x" * 5000, {"description": "inner"})
-    assert len(made["description"]) < 2048
-    assert made["inputSchema"]["description"] == "x" * 5000 + "\n\ninner"
-
-
-def test_history_with_calls_but_without_tools():
-    ask = ask_of([user("a"), calling(call()), tool_result()])
-    assert [t["name"] for t in ask.setup.tools] == ["get_weather"]
-    assert json.loads(ask.options.tool_choice) == {"type": "none"}
-
-
-# Signed thinking in a tool loop.
-
-SIGNED = {"type": "thinking", "thinking": "thought0 ", "signature": "c2lnbmVk"}
-
-
-def test_thinking_comes_back_in_a_tool_loop(make):
-    one = make()
-    wish = "mock:think=1 mock:tool=get_weather mock:tokens=1"
-    first = one.chat(wish, model="claude-haiku-4-5", tools=[tool()])
-    asked = first.message["tool_calls"][0]
-    history = [user("x"), first.message, tool_result(id=asked["id"])]
-    reply = one.chat([*history, user("mock:show")], model="claude-haiku-4-5", tools=[tool()])
-    told = json.loads(reply.content)
-    assert told["turns"][1]["content"][0] == SIGNED
-    assert told["turns"][1]["model"] == "claude-claude-haiku-4-5-mock"
-    assert "CLAUDE_CODE_DISABLE_THINKING" not in told["env"]
-    told = json.loads(one.chat([*history, user("mock:show")], tools=[tool()]).content)
-    assert (told["turns"][1]["content"][0]["type"] == "text")  # another model can't use it
-
-
-@pytest.mark.parametrize("model, thinking", [
-    ("haiku", False),
-    ("claude-sonnet-4-5", False),
-    ("claude-opus-4-1", False),
-    ("claude-sonnet-4-20250514", False),
-    ("sonnet", True),
-    ("claude-opus-4-7", True),
-    ("claude-sonnet-5-5", True),
-])  # fmt: skip
-def test_unknown_thinking_in_a_tool_loop_turns_it_off_where_it_must(model, thinking):
-    loop = [user("a"), calling(call()), tool_result()]
-    assert ask_of(loop, model=model, tools=[tool()]).options.thinking is thinking
-    assert ask_of([*loop, assistant("b"), user("c")], model=model).options.thinking
-
-
-def test_a_call_id_used_again_gets_a_fresh_one():
-    step = [calling(call(id="call_0")), tool_result(id="call_0")]
-    turns = ask_of([user("x"), *step, *step, *step], tools=[tool()]).turns
-    ids = [b["id"] for t in turns for b in t["content"] if b["type"] == "tool_use"]
-    results = [b["tool_use_id"] for t in turns for b in t["content"] if "tool_use_id" in b]
-    assert ids == results and len(set(ids)) == 3 and ids[0] == "call_0"
-
-
-ODD_PROPERTIES = ["$filter", "@type", "ids[]", "a b", "名前", "x" * 65, "plain"]
-
-
-ODD = {"properties": {name: {} for name in ODD_PROPERTIES}, "required": ["a b"]}
-BARE = json.dumps({name: 1 for name in ODD_PROPERTIES}, separators=(",", ":"))
-BARE = BARE.replace("a b", r"a\u0020b")  # a mock: word has no space
-
-
-@pytest.mark.parametrize("model_says, arguments", [
-    ('{"input":%s}' % BARE, json.dumps(json.loads(BARE), ensure_ascii=False)),
-    (BARE, BARE),  # not as it was asked to
-    ('{"input":1,"mode":2}', '{"input":1,"mode":2}'),
-    ('{"input":{"$fil', '{"input":{"$fil'),  # cut
-])  # fmt: skip
-def test_a_wrapped_input_comes_back_bare(model_says, arguments):
-    reply = answered(f"mock:tool=look mock:input={model_says}", tools=[tool("look", parameters=ODD)])
-    assert reply.calls[0][1]["arguments"] == arguments
-
-
-def test_references_move_with_a_wrapped_schema():
-    refs = {"a": {"$ref": "#"}, "b": {"$ref": "#/properties/a"}, "c": {"$ref": "#/$defs/x"}}
-    schema = fixed({"anyOf": [{}], "properties": refs, "$defs": {"x": {"$ref": "#"}}})[0]
-    inner = schema["properties"]["input"]
-    moved = [inner["properties"][name]["$ref"] for name in "abc"]
-    assert moved == ["#/properties/input", "#/properties/input/properties/a", "#/$defs/x"]
-    assert schema["$defs"]["x"]["$ref"] == "#/properties/input"
-
-
-def test_a_wrapped_input_in_the_history():
-    history = [user("x"), calling(call("look", BARE)), tool_result()]
-    use = ask_of(history, tools=[tool("look", parameters=ODD)]).turns[1]["content"][0]
-    assert use["input"] == {"input": json.loads(BARE)}
-
-
-def test_a_spare_knows_a_wrapped_input(sparing):
-    history, tools = [user('mock:tool=look mock:input={"input":{"$filter":1}}')], [tool("look", parameters=ODD)]
-    asked = sparing.chat(history, tools=tools).message
-    history += [asked, tool_result("mock:show", asked["tool_calls"][0]["id"])]
-    reply, spare = ask_spare(sparing, history, tools=tools)
-    use = json.loads(reply.content)["turns"][1]["content"][-1]
-    assert spare and use["input"] == {"input": {"$filter": 1}}
-
-
-def test_a_structured_answer_may_be_wrapped():
-    form = json_schema({"anyOf": [{"properties": {"a b": {"type": "integer"}}}]})
-    reply = answered(r'mock:input={"input":{"a\u0020b":1}}', response_format=form)
-    assert json.loads(reply.content) == {"a b": 1}
-
-
-def test_a_tool_that_the_cli_drops_is_a_400_that_names_it(server):
-    reply = server.chat("x", tools=[tool("odd.name", "dropped")], stream=True)
-    assert reply.status == 400 and "'odd.name'" in reply.error["message"]
-
-
-@pytest.mark.parametrize("name", ["Edit", "ExitPlanMode", "ToolSearch"])
-def test_names_that_mean_something_to_the_cli(name):
-    assert ask_of(tools=[tool(name)]).names[proxy.api_name(name)] == name
-    assert proxy.api_name(name) != name
-
-
-THINK, SAID = {"type": "thinking", "thinking": "A", "signature": "s"}, text_blocks("t")[0]
-
-
-def remembered(messages, blocks, model="claude-haiku-4-5", asked="claude-haiku-4-5"):
-    """The turn of an answer whose blocks are known, and whether thinking stays on."""
-    thoughts = {"call_1": proxy.Thought(model, "signer", blocks)}
-    body = {"model": asked, "messages": messages, "tools": [tool()]}
-    ask = proxy.parse_chat(body, thoughts)
-    return ask.turns[1], ask.options.thinking
-
-
-USE = {"type": "tool_use", "id": "call_1", "name": "get_weather", "input": {}}
-
-
-@pytest.mark.parametrize("told, content, kinds", [
-    ([THINK, SAID, THINK, USE], "t", ["thinking", "text", "thinking", "tool_use"]),
-    ([SAID, THINK, USE], "t", ["text", "thinking", "tool_use"]),
-    ([THINK, SAID, THINK, USE], "u", ["thinking", "thinking", "text", "tool_use"]),
-    ([THINK, USE], None, ["thinking", "tool_use"]),
-])  # fmt: skip
-def test_blocks_go_back_in_their_own_order(told, content, kinds):
-    messages = [user("x"), calling(call(), content=content), tool_result()]
-    turn, thinking = remembered(messages, told)
-    assert [block["type"] for block in turn["content"]] == kinds
-    assert turn["model"] == "signer" and thinking is (kinds[0] == "thinking")
-
-
-def test_a_text_and_its_calls_in_two_messages_begin_with_the_thinking():
-    messages = [user("x"), assistant("t"), calling(call()), tool_result()]
-    turn, thinking = remembered(messages, [THINK, SAID, USE])
-    assert turn["content"][0] == THINK and len(turn["content"]) == 3 and thinking
-
-
-@pytest.mark.parametrize("asked", ["sonnet", "claude-haiku-4", "claude-haiku-4-5[1m]"])
-def test_a_thought_is_good_for_the_model_that_was_asked(asked):
-    messages = [user("x"), calling(call()), tool_result()]
-    turn, thinking = remembered(messages, [THINK, USE], asked=asked)
-    assert turn["content"][0]["type"] == "tool_use"
-    assert thinking is (asked == "sonnet")
-    turn, thinking = remembered(messages, [THINK, USE], proxy.cli_model(asked), asked)
-    assert turn["content"][0] == THINK and thinking
-
-
-def test_thinking_stays_off_while_the_last_turn_holds_a_result():
-    loop = [user("x"), calling(call()), tool_result(), user("and?")]
-    for messages, thinking in ((loop, False), ([*loop, assistant("a"), user("b")], True)):
-        ask = ask_of(messages, model="claude-haiku-4-5", tools=[tool()])
-        assert ask.options.thinking is thinking
-
-
-@pytest.mark.parametrize("model, tokens, thinking", [
-    ("claude-haiku-4-5", 3000, False), ("claude-haiku-4-5", 5000, True),
-    ("claude-sonnet-4-5[1m]", 3000, False), ("opus", 3000, True),
-])  # fmt: skip
-def test_a_thought_leaves_room_for_the_answer(model, tokens, thinking):
-    assert ask_of(model=model, max_tokens=tokens).options.thinking is thinking
-
-
-def answer_to(*lines, **parameters):
-    """These lines of a CLI through Answer -> the deltas."""
-    answer = proxy.Answer(ask_of(**parameters))
-    return [delta for line in lines for delta in answer.feed(line)]
-
-
-def test_a_second_structured_output_is_never_told():
-    wish = {"tool": "StructuredOutput,StructuredOutput", "notext": "", "input": '{"a":1}'}
-    lines = [{"type": "stream_event", "event": event} for event in events(wish)]
-    deltas = answer_to(*lines, response_format=json_schema())
-    assert "".join(delta.text for delta in deltas) == '{"a":1}'
-
-
-def test_a_failure_of_the_clis_own_is_no_answer():
-    """As 2.1.112 refuses an image: status 200, to the look of its lines."""
-    said = {"model": "<synthetic>", "stop_reason": "stop_sequence"}
-    said["content"] = text_blocks("Image base64 size exceeds API limit")
-    result = {"type": "result", "is_error": False, "result": ""}
-    with pytest.raises(proxy.APIError) as caught:
-        answer_to({"type": "assistant", "message": said}, result)
-    assert caught.value.status == 400 and "Image base64" in str(caught.value)
-
-
-def test_a_403_of_the_login_is_a_401():
-    error = proxy.failure(["authentication_failed"], "x", 0, 0)
-    assert error.status == 401 and error.error["code"] == "not_logged_in"
-
-
-def test_the_cure_of_a_refused_token():
-    env = {"STAND_IN_LOGIN": "no", "CLAUDE_CODE_OAUTH_TOKEN": "x"}
-    done = command("--check", "--port", "0", "--claude", STAND_IN, **env)
-    assert done.returncode == 1 and "claude setup-token" in done.stdout
-
-
-def test_repeated_arguments_may_hold_any_character():
-    whole = {"type": "tool_use", "id": "t", "name": "get_weather", "input": {"c": "Zürich"}}
-    lines = [{"type": "stream_event", "event": event}
-             for event in events({"tool": "get_weather", "notext": "", "input": '{"c": "Zü'})]
-    usage = {"output_tokens": 1}
-    message = {"model": "m", "usage": usage, "content": [whole], "stop_reason": "tool_use"}
-    deltas = answer_to(*lines[:-3], {"type": "assistant", "message": message}, tools=[tool()])
-    assert "".join(delta.text for delta in deltas) == '{"c": "Zürich"}'
-
-
-@pytest.mark.parametrize("kinds, marked", [
-    (["text", "image"], 0), (["image", "text"], 1), (["image"], 0), (["text", "text"], 1),
-])  # fmt: skip
-def test_the_cache_mark_is_on_no_image(kinds, marked):
-    content = [{"type": kind, "text": "x"} for kind in kinds]
-    line = proxy.query_line({"role": "user", "content": content}, (2, 1, 330))
-    marks = ["cache_control" in block for block in line["message"]["content"]]
-    assert marks.index(True) == marked and marks.count(True) == 1
-
-
-def test_thoughts_are_bounded(make, monkeypatch):
-    monkeypatch.setattr(proxy, "MAX_MEMORY", 2)
-    one = make()
-    for _ in range(4):
-        one.chat("mock:think=1 mock:tool=get_weather", tools=[tool()])
-    assert len(one.server.backend.memory) == 2
-
-
-# ── Images and files ───────────────────────────────────────────────────────────────
-
-PNG = "iVBORw0KGgo="
-
-
-def data_url(kind, data=PNG):
-    return f"data:{kind};base64,{data}"
-
-
-def image(url):
-    return {"type": "image_url", "image_url": {"url": url, "detail": "high"}}
-
-
-def file(data, **fields):
-    return {"type": "file", "file": {"file_data": data, **fields}}
-
-
-BASE64 = {"type": "base64", "data": PNG}
-PDF = {"type": "document", "source": {**BASE64, "media_type": "application/pdf"}}
-
-
-@pytest.mark.parametrize("part, block", [
-    (image(data_url("image/png")),
-     {"type": "image", "source": {**BASE64, "media_type": "image/png"}}),
-    (image(data_url("image/jpg")),
-     {"type": "image", "source": {**BASE64, "media_type": "image/jpeg"}}),
-    (image("http://x/y"), {"type": "image", "source": {"type": "url", "url": "http://x/y"}}),
-    ({"type": "image_url", "image_url": "https://x/y"},
-     {"type": "image", "source": {"type": "url", "url": "https://x/y"}}),
-    (file(data_url("application/pdf"), filename="a.pdf"), {**PDF, "title": "a.pdf"}),
-    (file(PNG), PDF),
-    (file(data_url("text/csv", "YSxi")),
-     {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "a,b"}}),
-])  # fmt: skip
-def test_media(part, block):
-    assert turns_of(user([part])) == [("user", [block])]
-
-
-@pytest.mark.parametrize("part, param", [
-    ({"type": "image_url"}, ".image_url"),
-    (image("ftp://x"), ".image_url.url"),
-    (image("data:image/png,abc"), ".image_url.url"),
-    (image(data_url("image/png", "?!")), ".image_url.url"),
-    (image(data_url("image/png", "")), ".image_url.url"),
-    (image(data_url("image/tiff")), ".image_url.url"),
-    (image(data_url("image/jpeg2000")), ".image_url.url"),
-    ({"type": "file", "file": {"file_id": "file-1"}}, ".file"),
-    (file(data_url("application/zip")), ".file.file_data"),
-    (file("%%%"), ".file.file_data"),
-])  # fmt: skip
-def test_media_refused(part, param):
-    assert fault(ask_of, [user([part])]) == (400, "messages[0].content[0]" + param)
-
-
-# ── Structured output ──────────────────────────────────────────────────────────────
-
-SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
-
-
-def json_schema(schema=None):
-    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema or SCHEMA}}
-
-
-def test_structured_output(server):
-    wish, form = 'mock:input={"a":1}', json_schema()
-    for reply in (
-        answered(wish, response_format=form),
-        server.chat(wish, response_format=form, stream=True),
-    ):
-        assert reply.content == '{"a":1}' and reply.finish == "stop"
-        assert "tool_calls" not in reply.message
-
-
-def test_structured_output_is_forced():
-    ask = ask_of(response_format=json_schema())
-    assert ask.setup.tools[0]["inputSchema"] == SCHEMA and not ask.options.thinking
-    choice = {"type": "tool", "name": "StructuredOutput", "disable_parallel_tool_use": True}
-    assert json.loads(ask.options.tool_choice) == choice
-    assert ask_of(response_format={"type": "text"}) == ask_of()
-    json_object = ask_of(response_format={"type": "json_object"})
-    schema = json_object.setup.tools[0]["inputSchema"]
-    assert schema == {"type": "object", "additionalProperties": True}
-
-
-def test_structured_output_with_tools():
-    both = {"tools": [tool()], "response_format": json_schema()}
-    any_one = {"type": "any", "disable_parallel_tool_use": True}
-    assert json.loads(ask_of(**both).options.tool_choice) == any_one
-    forced = ask_of(**both, tool_choice="required")
-    assert [t["name"] for t in forced.setup.tools] == ["get_weather"]
-    assert answered("mock:tool=get_weather mock:notext", **both).finish == "tool_calls"
-    reply = answered('mock:tool=StructuredOutput mock:notext mock:input={"a":1}', **both)
-    assert reply.finish == "stop" and reply.content == '{"a":1}'
-
-
-@pytest.mark.parametrize("value, param", [
-    ({}, "response_format.type"),
-    ({"type": "xml"}, "response_format.type"),
-    ({"type": "json_schema"}, "response_format.json_schema.schema"),
-    ({"type": "json_schema", "json_schema": {}}, "response_format.json_schema.schema"),
-    (json_schema({"type": "array"}), "response_format.json_schema.schema"),
-])  # fmt: skip
-def test_response_format_refused(value, param):
-    assert fault(ask_of, response_format=value) == (400, param)
-
-
-# ── Responses ──────────────────────────────────────────────────────────────────────
-
-
-def response_of(input="hi", texts={}, **parameters):
-    body = {"model": "sonnet", "input": input, **parameters}
-    return proxy.parse_response(body, texts)
-
-
-def response_refused(input="hi", **parameters):
-    return error_of(response_of, input, **parameters)
-
-
-def item(type, **fields):
-    return {"type": type, **fields}
-
-
-def function(name="get_weather", **fields):
-    return {"type": "function", "name": name, "parameters": CITY, **fields}
-
-
-def call_item(id="call_1", arguments='{"city":"Paris"}', name="get_weather", **fields):
-    return item("function_call", call_id=id, name=name, arguments=arguments, **fields)
-
-
-def output_item(id="call_1", output="sunny", type="function_call_output"):
-    return item(type, call_id=id, output=output)
-
-
-CITY = {"type": "object", "properties": {"city": {"type": "string"}}}
-NAMESPACE = {"type": "namespace", "name": "mcp__w", "tools": [function("look")]}
-CUSTOM = {"type": "custom", "name": "patch", "format": {"type": "text"}}
+    reasons = [chunk["choices"][0]["finish_reason"] for chunk in response.chunks]
+    assert reasons == [None, None, None, "stop"]
+    assert not any("usage" in chunk for chunk in response.chunks)
+
+
+def test_chat_stream_include_usage(server):
+    response = server.chat("hi", stream=True, stream_options={"include_usage": True})
+    *chunks, last = response.chunks
+    assert {chunk["usage"] for chunk in chunks} == {None}
+    assert last["choices"] == []
+    assert last["usage"]["prompt_tokens"] == 10
+
+
+def test_chat_stream_sends_each_token_at_once(server):
+    words = "mock:tokens=2 mock:gap_ms=600000"
+    with open_request(server.port, words, True) as connection:
+        read_until(connection, b"tok0")  # the second comes in ten minutes
 
 
 def test_response(server):
-    reply = server.respond("mock:tokens=2", metadata={"a": "b"}, tools=[function()])
-    body = reply.json
-    assert reply.status == 200 and re.fullmatch("resp_[0-9a-f]{24}", body.pop("id"))
+    response = server.respond(
+        "mock:tokens=2", metadata={"a": "b"}, tools=[function_tool()]
+    )
+    assert response.status == 200
+    body = response.json
+    assert re.fullmatch("resp_[0-9a-f]{24}", body.pop("id"))
     assert abs(body.pop("created_at") - time.time()) < 60
     (message,) = body.pop("output")
-    part = {"type": "output_text", "text": "tok0 tok1 ", "annotations": [], "logprobs": []}
     assert message.pop("id").startswith("msg_")
-    assert message == item("message", role="assistant", status="completed", content=[part])
-    usage = {"input_tokens": 10, "output_tokens": 2, "total_tokens": 12}
-    usage["input_tokens_details"] = {"cached_tokens": 0}
-    usage["output_tokens_details"] = {"reasoning_tokens": 0}
-    echo = {**proxy.ECHO, "metadata": {"a": "b"}, "tools": [function()]}
+    part = {
+        "type": "output_text",
+        "text": "tok0 tok1 ",
+        "annotations": [],
+        "logprobs": [],
+    }
+    assert message == item(
+        "message", role="assistant", status="completed", content=[part]
+    )
+    assert body.pop("usage") == {
+        "input_tokens": 10,
+        "output_tokens": 2,
+        "total_tokens": 12,
+        "input_tokens_details": {"cached_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": 0},
+    }
     assert body == {
-        "object": "response", "status": "completed", "model": "claude-sonnet-mock",
-        "error": None, "incomplete_details": None, "usage": usage, **echo,
-        "previous_response_id": None, "store": False,
-    }  # fmt: skip
+        **proxy.ECHOED_FIELDS,
+        "object": "response",
+        "status": "completed",
+        "model": "claude-sonnet-mock",
+        "error": None,
+        "incomplete_details": None,
+        "metadata": {"a": "b"},
+        "tools": [function_tool()],
+        "previous_response_id": None,
+        "store": False,
+    }
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/models", "/models", "/v1/models/", "/models?x=1"]
+)
+def test_models(server, path):
+    body = server.request("GET", path).json
+    assert body["object"] == "list"
+    assert [model["id"] for model in body["data"]] == [
+        model.id for model in proxy.ModelCatalog().models
+    ]
+    assert {model["object"] for model in body["data"]} == {"model"}
+
+
+@pytest.mark.parametrize(
+    "name", ["claude-opus-4", "sonnet", "claude-opus-4-1", "openai/haiku"]
+)
+def test_model(server, name):
+    assert server.request("GET", f"/v1/models/{name}").json["id"] == name
+
+
+def test_model_unknown(server):
+    response = server.request("GET", "/v1/models/gpt-4")
+    assert response.status == 404
+    assert response.error["code"] == "model_not_found"
+
+
+def test_health(server):
+    body = server.health()
+    assert body["status"] == "ok"
+    assert body["version"] == proxy.__version__
+    assert body["claude"]["version"] == CLI_VERSION
+    assert body["claude"]["logged_in"] is True
+    assert body["active"] == 0
+    assert body["uptime"] >= 0
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/chat/completions",
+        "/v1/chat/completions/",
+        "/v1/chat/completions?api-version=1",
+    ],
+)
+def test_path_of_chat(server, path):
+    body = {"model": "sonnet", "messages": [user("x")]}
+    assert server.post(body, path).status == 200
+
+
+@pytest.mark.parametrize("path", ["/foo/models/opus", "/v1/embeddings"])
+def test_path_unknown(server, path):
+    response = server.request("GET", path)
+    assert response.status == 404
+    assert path in response.error["message"]
+
+
+@pytest.mark.parametrize(
+    "method, path, allowed",
+    [
+        ("GET", "/v1/chat/completions", "POST, OPTIONS"),
+        ("GET", "/v1/responses", "POST, OPTIONS"),
+        ("DELETE", "/v1/models", "GET, HEAD, OPTIONS"),
+        ("BREW", "/v1/models", "GET, HEAD, OPTIONS"),
+    ],
+)
+def test_method_not_allowed(server, method, path, allowed):
+    response = server.request(method, path)
+    assert response.status == 405
+    assert response.headers["Allow"] == allowed
+
+
+def test_method_head(server):
+    response = server.request("HEAD", "/health")
+    assert response.status == 200
+    assert int(response.headers["Content-Length"]) > 10
+    assert response.raw == b""
+
+
+def test_websocket_is_told_to_post(server):
+    response = server.request("GET", "/v1/responses", headers={"Upgrade": "websocket"})
+    assert response.status == 426
+    assert response.headers["Upgrade"]
+
+
+def test_json_response_ends_with_a_newline(server):
+    response = server.request("GET", "/v1/models")
+    assert response.text.endswith("}\n")
+    assert int(response.headers["Content-Length"]) == len(response.raw)
+
 
-
-def fed(said, **parameters):
-    """A ResponseReply for what a model says, and its events."""
-    reply = proxy.ResponseReply(response_of(**parameters), "0", 0)
-    answer, lines = reply.answers[0], transcript(said)
-    sent = "".join(reply.event(delta) for line in lines for delta in answer.feed(line))
-    return reply, sent + reply.end()
-
-
-def shown(text):
-    """SSE events -> "type place index: what it brings", checked for what each has."""
-    found, items = [], {}
-    for number, block in enumerate(filter(None, text.split("\n\n"))):
-        head, data = block.split("\n")
-        event = json.loads(data[len("data: ") :])
-        kind = event["type"]
-        assert head == f"event: {kind}" and event["sequence_number"] == number
-        if kind == "response.output_item.added":
-            items[event["output_index"]] = event["item"]["id"]
-            assert event["item"].get("status", "in_progress") == "in_progress"
-        if "item_id" in event:
-            assert event["item_id"] == items[event["output_index"]]
-        keys = ("delta", "text", "arguments", "input")
-        new = [event[key] for key in keys if key in event]
-        new += [event["item"].get("name", event["item"]["type"])] if "item" in event else []
-        new += [event["response"]["status"]] if "response" in event else []
-        new += [event["error"]["code"]] if "error" in event else []
-        index = [k[0] for k in ("content_index", "summary_index") if event.get(k) == 0]
-        words = [kind.replace("response.", ""), str(event.get("output_index", "")), *index]
-        found.append(" ".join(filter(None, words)) + (f": {new[0]}" if new else ""))
-    return found
-
-
-BEGUN = ["created: in_progress", "in_progress: in_progress"]
-
-
-def message_events(place, *texts):
-    return [
-        f"output_item.added {place}: message", f"content_part.added {place} c",
-        *(f"output_text.delta {place} c: {text}" for text in texts),
-        f"output_text.done {place} c: {''.join(texts)}", f"content_part.done {place} c",
-        f"output_item.done {place}: message",
-    ]  # fmt: skip
-
-
-def thought_events(place, *texts):
-    part, text = "reasoning_summary_part", "reasoning_summary_text"
-    return [
-        f"output_item.added {place}: reasoning", f"{part}.added {place} s",
-        *(f"{text}.delta {place} s: {thought}" for thought in texts),
-        f"{text}.done {place} s: {''.join(texts)}", f"{part}.done {place} s",
-        f"output_item.done {place}: reasoning",
-    ]  # fmt: skip
-
-
-def call_events(place, name, *texts):
-    return [
-        f"output_item.added {place}: {name}",
-        *(f"function_call_arguments.delta {place}: {text}" for text in texts),
-        f"function_call_arguments.done {place}: {''.join(texts)}",
-        f"output_item.done {place}: {name}",
-    ]  # fmt: skip
-
-
-SHOWN = {"reasoning": {"summary": "auto"}}
-PARIS = ('{"city"', ':"Paris', '"}')
-ONE, TWO = message_events(0, "tok0 "), message_events(0, "tok0 ", "tok1 ")
-
-
-@pytest.mark.parametrize("text, parameters, expected", [
-    ("mock:tokens=2", {}, [*TWO, "completed: completed"]),
-    ("mock:think=1 mock:tokens=1", {}, [*ONE, "completed: completed"]),
-    ("mock:think=1 mock:tokens=1", SHOWN,
-     [*thought_events(0, "thought0 "), *message_events(1, "tok0 "), "completed: completed"]),
-    ("mock:tool=f,g mock:notext", {},
-     [*call_events(0, "f", *PARIS), *call_events(1, "g", *PARIS), "completed: completed"]),
-    ("mock:tokens=1 mock:tool=f mock:input={}", {},
-     [*ONE, *call_events(1, "f", "{}"), "completed: completed"]),
-    ("mock:tool=f mock:notext mock:input=none", {},
-     [*call_events(0, "f", "{}"), "completed: completed"]),
-    ("mock:tokens=2 mock:stop=max_tokens", {}, [*TWO, "incomplete: incomplete"]),
-    ("mock:tokens=1 mock:stop=refusal", {}, [*ONE, "error: invalid_prompt", "failed: failed"]),
-    ("mock:tool=mcp__w__look mock:notext", {"tools": [NAMESPACE]},
-     [*call_events(0, "look", *PARIS), "completed: completed"]),
-    ('mock:tool=patch mock:notext mock:input={"input":"+a"}', {"tools": [CUSTOM]},
-     ["output_item.added 0: patch", "custom_tool_call_input.delta 0: +a",
-      "custom_tool_call_input.done 0: +a", "output_item.done 0: patch", "completed: completed"]),
-])  # fmt: skip
-def test_response_events(text, parameters, expected):
-    reply, sent = fed(text, **parameters)
-    assert shown(sent) == BEGUN + expected
-    last = json.loads(sent.rstrip("\n").rpartition("\ndata: ")[2])["response"]
-    assert last == reply.completion()
-
-
-def test_response_events_of_structured_output():
-    form = {"format": {"type": "json_schema", "name": "x", "schema": CITY}}
-    text = "mock:tool=StructuredOutput mock:notext"
-    expected = [*message_events(0, *PARIS), "completed: completed"]
-    assert shown(fed(text, text=form)[1]) == BEGUN + expected
-
-
-def test_items_of_calls_are_as_codex_wants_them():
-    reply, _ = fed("mock:tool=mcp__w__look,patch mock:notext", tools=[NAMESPACE, CUSTOM])
-    one, other = reply.completion()["output"]
-    assert (one["type"], one["name"], one["namespace"]) == ("function_call", "look", "mcp__w")
-    assert one["arguments"] == '{"city":"Paris"}' and one["id"].startswith("fc_")
-    assert (other["type"], other["name"]) == ("custom_tool_call", "patch")
-    assert "arguments" not in other and other["call_id"].startswith("toolu_")
-
-
-def test_a_cut_answer_is_incomplete():
-    reply, _ = fed("mock:tokens=1 mock:stop=max_tokens")
-    body = reply.completion()
-    assert body["status"] == "incomplete" and body["output"][0]["status"] == "incomplete"
-    assert body["incomplete_details"] == {"reason": "max_output_tokens"}
-
-
-def test_a_refusal_is_a_failed_response(server):
-    body = server.respond("mock:tokens=1 mock:stop=refusal").json
-    assert body["status"] == "failed" and body["error"]["code"] == "invalid_prompt"
-
-
-@pytest.mark.parametrize("status, code, ours", [
-    (503, "server_is_overloaded", "server_is_overloaded"), (400, None, "invalid_prompt"),
-    (400, "context_length_exceeded", "context_length_exceeded"), (502, None, "server_error"),
-])  # fmt: skip
-def test_failures_inside_a_response(status, code, ours):
-    reply = proxy.ResponseReply(response_of(), "0", 0)
-    begun = reply.alive()
-    sent = reply.fail(proxy.APIError(status, "why", code))
-    assert shown(begun + sent)[-2:] == [f"error: {code}", "failed: failed"]
-    body = reply.completion()
-    assert body["error"] == {"code": ours, "message": "why"} and not body["usage"]
-
-
-def test_a_restart_with_more_before_a_call_is_an_error():
-    reply = proxy.ResponseReply(response_of(), "0", 0)
-    lines = transcript("mock:tokens=1 mock:tool=f")[:-5] + transcript("mock:tokens=2 mock:tool=f")
-    with pytest.raises(proxy.APIError, match="began another answer"):
-        for line in lines:
-            for delta in reply.answers[0].feed(line):
-                reply.event(delta)
-
-
-def test_a_failure_inside_a_stream_of_a_response(server):
-    reply = server.respond("mock:cut=1 mock:else=Other", stream=True)
-    error, failed = reply.chunks[-2:]
-    assert reply.status == 200 and error["error"]["code"] == "stream_interrupted"
-    assert failed["response"]["error"]["code"] == "stream_interrupted"
-    assert failed["response"]["status"] == "failed" and failed["type"] == "response.failed"
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_failure_before_a_response(server, stream):
-    reply = server.respond("mock:status=529", stream=stream)
-    assert (reply.status, reply.json["error"]["code"]) == (503, "server_is_overloaded")
-
-
-def test_the_plans_limit_tells_when_it_ends(server):
-    reply = server.respond("mock:limit=300 mock:status=429")
-    error = reply.json["error"]
-    assert reply.status == 429 and error["type"] == "usage_limit_reached"
-    assert 290 <= error["resets_at"] - time.time() <= 310 and "Retry-After" in reply.headers
-    assert server.respond("mock:status=429").json["error"]["type"] == "rate_limit_error"
-
-
-def test_a_silent_response_is_kept_alive(silent):
-    reply = silent.respond("mock:delay_ms=200 mock:tokens=1", stream=True)
-    kinds = [event["type"] for event in reply.chunks]
-    assert kinds.count("response.in_progress") > 2 and kinds[0] == "response.created"
-    assert [e["sequence_number"] for e in reply.chunks] == list(range(len(kinds)))
-
-
-@pytest.mark.parametrize("wish", ["mock:think=2 mock:tool=f,g", "mock:stop=max_tokens"])
-def test_both_endpoints_give_the_same_answer(server, wish):
-    tools = [function("f"), function("g")]
-    whole = server.respond(wish, tools=tools, **SHOWN).json
-    streamed = server.respond(wish, tools=tools, stream=True, **SHOWN).chunks[-1]["response"]
-    chat = server.chat(wish, tools=[tool("f"), tool("g")])
-    message, usage = chat.message, chat.json["usage"]
-    for body in (whole, streamed):
-        texts = {i["type"]: i.get("content") or i.get("summary") for i in body["output"]}
-        calls = [i for i in body["output"] if i["type"] == "function_call"]
-        assert texts["message"][0]["text"] == message["content"]
-        thoughts = [part["text"] for part in texts.get("reasoning", [])]
-        assert "".join(thoughts) == message.get("reasoning_content", "")
-        assert [(c["name"], c["arguments"]) for c in calls] == [
-            (c["function"]["name"], c["function"]["arguments"])
-            for c in message.get("tool_calls", [])
-        ]
-        assert body["usage"]["input_tokens"] == usage["prompt_tokens"]
-        assert body["usage"]["output_tokens"] == usage["completion_tokens"]
-
-
-IMAGE = "data:image/png;base64,iVBORw0KGgo="
-CHAT = [
-    system("S"), user("a"), {"role": "assistant", "content": "b", "tool_calls": [
-        {"id": "i", "type": "function", "function": {"name": "get_weather", "arguments": "{}"}},
-        {"id": "k", "type": "function", "function": {"name": "get_weather", "arguments": "{"}}]},
-    {"role": "tool", "tool_call_id": "i", "content": "r"},
-    {"role": "tool", "tool_call_id": "k", "content": [
-        {"type": "text", "text": "q"}, {"type": "image_url", "image_url": {"url": IMAGE}}]},
-    user("c"), system("late"), assistant("d"), user("e"),
-]  # fmt: skip
-INPUT = [
-    item("message", role="developer", content=[item("input_text", text="S")]),
-    user("a"), item("reasoning", id="rs_1", summary=[], encrypted_content="x"),
-    call_item("i", "{}"), item("message", role="assistant", id="msg_1", status="completed",
-                               phase=None, content=[item("output_text", text="b", annotations=[])]),
-    call_item("k", "{"), output_item("i", "r"),
-    output_item("k", [item("input_text", text="q"), item("input_image", image_url=IMAGE)]),
-    user("c"), system("late"), item("item_reference", id="rs_1"),
-    item("item_reference", id="msg_2"), user("e"),
-]  # fmt: skip
-
-
-def test_both_endpoints_ask_the_same():
-    ours = response_of(INPUT, {"msg_2": "d"}, tools=[function(description="Weather of a city")],
-                       reasoning={"effort": "low"}, max_output_tokens=5, tool_choice="required")
-    theirs = ask_of(CHAT, tools=[tool(parameters=CITY)], reasoning_effort="low", max_tokens=5,
-                    tool_choice="required")
-    assert ours._replace(echo={}) == theirs
-
-
-def test_instructions_come_first():
-    assert response_of(INPUT, {"msg_2": "d"}, instructions="I").setup.system == "I\n\nS"
-
-
-@pytest.mark.parametrize("form, chat", [
-    ({}, None),
-    ({"verbosity": "low"}, None),
-    ({"format": {"type": "text"}}, {"type": "text"}),
-    ({"format": {"type": "json_object"}}, {"type": "json_object"}),
-    ({"format": {"type": "json_schema", "name": "x", "strict": True, "schema": CITY}},
-     {"type": "json_schema", "json_schema": {"schema": CITY}}),
-])  # fmt: skip
-def test_text_formats(form, chat):
-    assert response_of(text=form)._replace(echo={}) == ask_of(response_format=chat)
-
-
-def test_tools_of_responses():
-    tools = [function(), NAMESPACE, CUSTOM, {"type": "web_search", "x": 1}, {"type": "tool_search"}]
-    ask = response_of(tools=tools, tool_choice={"type": "function", "name": "get_weather"})
-    names = [t["name"] for t in ask.setup.tools]
-    assert names == ["get_weather", "mcp__w__look", "patch"]
-    assert ask.setup.tools[2]["inputSchema"]["required"] == ["input"]
-    assert json.loads(ask.options.tool_choice)["name"] == "get_weather"
-    assert ask.origins["mcp__w__look"] == {"name": "look", "namespace": "mcp__w"}
-
-
-def test_calls_of_custom_and_namespace_tools_go_back():
-    calls = [call_item("a", "{}", "look", namespace="mcp__w"), output_item("a"),
-             item("custom_tool_call", call_id="b", name="patch", input="+a"),
-             output_item("b", "done", "custom_tool_call_output")]  # fmt: skip
-    blocks = [b for t in response_of(calls, tools=[NAMESPACE, CUSTOM]).turns for b in t["content"]]
-    uses = [(b["name"], b["input"]) for b in blocks if b["type"] == "tool_use"]
-    assert uses == [("mcp__w__look", {}), ("patch", {"input": "+a"})]
-
-
-@pytest.mark.parametrize("name", list(proxy.RESPONSE_PARAMETERS))
-def test_each_response_parameter(name):
-    row = proxy.RESPONSE_PARAMETERS[name]
-    wrong = next(value for kind, value in WRONG.items() if type(value) not in row.kinds)
-    error = response_refused(**{name: wrong})
-    assert (error["status"], error["param"], error["code"]) == (400, name, "invalid_type")
-    right = {"prompt": {"id": "x"}, "background": True, "top_logprobs": 1}
-    value = right.get(name, RIGHT[row.kinds[0]])
-    if row.use == proxy.IGNORED:
-        plain = response_of(unheard_of=1)._replace(echo={})
-        assert response_of(**{name: value})._replace(echo={}) == plain
-    elif row.use == proxy.REFUSED:
-        error = response_refused(**{name: value})
-        assert (error["status"], error["param"], error["code"]) == (400, name, row.code)
-
-
-@pytest.mark.parametrize("input, parameters, param", [
-    ([], {}, "input"),
-    ([5], {}, "input[0]"),
-    ([item("computer_call")], {}, "input[0].type"),
-    ([item("message", role="x", content="")], {}, "input[0].role"),
-    ([item("message", role="user", content=[item("input_audio")])], {}, "input[0].content[0].type"),
-    ([user([item("input_file", file_id="f")])], {}, "input[0].content[0]"),
-    ([call_item(None)], {}, "input[0].call_id"),
-    ([call_item()], {}, "input[0]"),
-    ([output_item()], {}, "input[0].call_id"),
-    ([call_item(), output_item(output=None)], {}, "input[1].output"),
-    ([item("custom_tool_call", call_id="a", name="b")], {}, "input[0].input"),
-    ("x", {"text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
-    ("x", {"text": {"format": {"type": "x"}}}, "text.format.type"),
-    ("x", {"reasoning": {"effort": "x"}}, "reasoning.effort"),
-    ("x", {"max_output_tokens": 0}, "max_output_tokens"),
-    ("x", {"tools": [{"type": "mcp"}]}, "tools[0].type"),
-    ("x", {"tools": [function(None)]}, "tools[0].name"),
-    ("x", {"tools": [function(parameters={"type": "string"})]}, "tools[0].parameters"),
-    ("x", {"tools": [{**NAMESPACE, "tools": [{}]}]}, "tools[0].tools[0].name"),
-    ("x", {"tool_choice": {"type": "allowed_tools"}}, "tool_choice.type"),
-    ("x", {"tool_choice": {"type": "function", "name": "x"}}, "tool_choice"),
-])  # fmt: skip
-def test_what_responses_refuse(input, parameters, param):
-    assert fault(response_of, input, **parameters) == (400, param)
-
-
-def test_an_item_can_be_referred_to(make, monkeypatch):
-    monkeypatch.setattr(proxy, "MAX_MEMORY", 2)
-    one = make()
-    id = one.respond("mock:say=before").json["output"][0]["id"]
-    history = [user("x"), item("item_reference", id=id), user("mock:show")]
-    shown = json.loads(one.respond(history).json["output"][0]["content"][0]["text"])
-    assert "before" in json.dumps(shown)
-    for _ in range(2):
-        one.respond()
-    reply = one.respond(history)
-    assert (reply.status, reply.json["error"]["param"]) == (404, "input[1].id")
-    assert "store: false" in reply.json["error"]["message"]
-    assert len(one.server.backend.memory) == 2
-
-
-def test_a_websocket_is_told_to_post(server):
-    reply = server.request("GET", "/v1/responses", headers={"Upgrade": "websocket"})
-    assert reply.status == 426 and reply.headers["Upgrade"]
-    assert server.request("GET", "/v1/responses").headers["Allow"] == "POST, OPTIONS"
-
-
-def test_signed_thinking_comes_back_in_a_response_loop(make):
-    one, ask = make(), {"tools": [function()], "model": "claude-haiku-4-5"}
-    output = one.respond("mock:think=1 mock:tool=get_weather", **ask).json["output"]
-    call = next(i for i in output if i["type"] == "function_call")
-    history = [user("q"), *output, output_item(call["call_id"], "sunny"), user("mock:show")]
-    said = one.respond(history, **ask).json["output"][0]["content"][0]["text"]
-    assert "c2lnbmVk" in said
-
-
-# ── stop and n ─────────────────────────────────────────────────────────────────────
-
-
-def pieces(*texts):
-    return "mock:json=" + json.dumps(texts).replace(" ", "")
-
-
-@pytest.mark.parametrize("texts, stop, content", [
-    (["ab", "STOP", "cd"], "STOP", "ab"),
-    (["abST", "OPcd"], "STOP", "ab"),
-    (["a", "S", "T", "O", "P"], ["x", "STOP"], "a"),
-    (["abST", "ART"], "STOP", "abSTART"),
-    (["abST"], "STOP", "abST"),
-    (["SSTOP"], "STOP", "S"),
-    (["aXbY"], ["Y", "X"], "a"),
-    (["a\nb"], "\n", "a"),
-    (["ab"], ["", "b"], "a"),
-    (["STOP"], "STOP", ""),
-])  # fmt: skip
-def test_stop(texts, stop, content):
-    reply = answered(pieces(*texts), stop=stop)
-    assert (reply.content, reply.finish) == (content, "stop")
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_stop_ends_the_cli_at_once(server, stream):
-    wish = pieces("aSTOP", "never") + " mock:gap_ms=600000"
-    assert server.chat(wish, stop="STOP", stream=stream).content == "a"
-    until(server.quiet, 5)
-
-
-def test_stop_refused():
-    assert refused(stop=["a"] * 5)["param"] == "stop"
-    assert refused(stop=[5])["param"] == "stop[0]"
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_n(server, stream):
-    options = {"stream_options": {"include_usage": True}} if stream else {}
-    reply = server.chat("mock:tokens=2", n=3, stream=stream, **options)
-    assert [choice["index"] for choice in reply.choices] == [0, 1, 2]
-    assert {choice["message"]["content"] for choice in reply.choices} == {"tok0 tok1 "}
-    usage = (reply.json or reply.chunks[-1])["usage"]
-    assert usage["completion_tokens"] == 6
-
-
-def test_n_fails_as_one(server):
-    assert server.chat("mock:status=429", n=2).status == 429
-    assert refused(n=9)["param"] == refused(n=0)["param"] == "n"
-
-
-def test_n_beyond_the_servers_width(make):
-    reply = make(max_concurrency=2).chat("hi", n=3)
-    assert reply.status == 400 and reply.error["param"] == "n"
-
-
-# ── Spares ─────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture
-def sparing(make):
-    """A server with two spares."""
-    return settling(make(spares=2))
-
-
-def settling(one):
-    """A server whose spares are as it wants them between requests."""
-    one.keeper = one.server.backend.keeper
-
-    ticks, tick = [], one.keeper.tick
-    one.keeper.tick = lambda: ticks.append(tick())
-
-    def settle():
-        until(one.quiet)
-        for _ in range(2):  # the first one may have begun before
-            count = len(ticks)
-            until(lambda: one.server.backend.keeper.wake() or len(ticks) > count)
-        until(lambda: one.quiet() and not unsettled(one.keeper))
-
-    one.settle = settle
-    return one
-
-
-def unsettled(keeper):
-    fed = not any(c.todo or c.outbox or c.waiting for c in keeper.spares)
-    return keeper.wishes or keeper.filling or not fed
-
-
-BLANK, INITIALIZED = (False, 0), (True, 0)
-
-
-def spares_of(one):
-    """What each has been told, the most first: (whether a setup, how many turns)."""
-    one.settle()
-    told = [claude.conversation for claude in one.keeper.spares]
-    return sorted([(bool(c.setup), len(c.turns)) for c in told], reverse=True)
-
-
-def pids_of(one):
-    one.settle()
-    return {c.process.pid for c in one.keeper.spares}
-
-
-def ask_spare(one, messages, **parameters):
-    """Ask -> (reply, whether a spare answered)."""
-    before = pids_of(one)
-    reply = one.chat(messages, **parameters)
-    assert reply.status == 200
-    return reply, bool(before - pids_of(one))
-
-
-def test_spares_start_with_the_server(sparing, capsys):
-    proxy.announce(sparing.server)
-    assert spares_of(sparing) == [BLANK, BLANK]
-    assert ask_spare(sparing, "a")[1]
-
-
-def test_one_shot_requests(sparing):
-    assert ask_spare(sparing, "a")[1] is False
-    assert spares_of(sparing) == [BLANK, BLANK]
-    reply, spare = ask_spare(sparing, "b")
-    assert spare and reply.content == "You said: b "
-    assert spares_of(sparing) == [INITIALIZED, BLANK]  # the same setup came again
-    assert ask_spare(sparing, "c")[1]
-
-
-def test_a_new_conversation_finds_an_initialized_spare(sparing):
-    for spares in ([], [BLANK] * 2, [INITIALIZED, BLANK]):
-        assert spares_of(sparing) == spares
-        told = sparing.told([system("s")])
-        assert told["initialize"]["systemPrompt"] == ["s"]
-        assert [t["content"][0]["text"] for t in told["turns"]] == ["mock:show"]
-
-
-def test_a_conversation_finds_a_primed_spare(sparing):
-    history = [system("s"), user("a"), assistant("b"), user("c")]
-    reply = sparing.chat(history)
-    assert spares_of(sparing) == [(True, 4), BLANK]
-    history += [reply.message, user("mock:show")]
-    reply, spare = ask_spare(sparing, history)
-    turns = json.loads(reply.content)["turns"]
-    roles = ["user", "assistant", "user", "assistant", "user"]
-    assert spare and [turn["role"] for turn in turns] == roles
-    assert turns[3]["content"] == text_blocks("You said: c ")
-
-
-def test_a_tool_loop_finds_a_primed_spare(sparing):
-    history = [user("mock:think=1 mock:tool=get_weather mock:tokens=1")]
-    for _ in range(3):
-        reply, spare = ask_spare(sparing, history, tools=[tool()])
-        asked = reply.message["tool_calls"][0]
-        result = tool_result("mock:tool=get_weather mock:tokens=1", asked["id"])
-        history += [reply.message, result]
-    assert spare and spares_of(sparing) == [(True, 6), BLANK]
-    primed = max(sparing.keeper.spares, key=proxy.Claude.readiness)
-    answer = json.loads(primed.conversation.turns[1])["message"]
-    kinds = [block["type"] for block in answer["content"]]
-    assert kinds == ["thinking", "text", "tool_use"]
-
-
-@pytest.mark.parametrize("alive", [10, 0])
-def test_the_next_process_starts_when_the_answer_begins(sparing, alive, monkeypatch):
-    """It has taken in the request's turns before the answer is out; also behind a
-    delta that only kept the stream alive."""
-    monkeypatch.setattr(proxy, "ALIVE_SECONDS", alive)
-    monkeypatch.setattr(proxy, "TICK_SECONDS", 0.01)
-    wish = "mock:delay_ms=100 mock:tokens=2 mock:gap_ms=60000"
-    messages = [user("a"), assistant("b"), user(wish)]
-    connection = send_request(sparing.port, messages[2]["content"], True, messages[:2])
-    told = [(True, 3), BLANK]
-    spares = sparing.keeper.spares
-    until(lambda: len(spares) == 2 and any(c.conversation.turns for c in spares))
-    until(lambda: not any(c.todo or c.waiting for c in spares))
-    connection.close()
-    assert spares_of(sparing) == told  # a cut answer is no part of what it is told
-    asked = {claude.process.pid for claude in sparing.keeper.spares}
-    told = sparing.told([*messages, assistant("half of")], model="opus")
-    assert [t["content"][0]["text"] for t in told["turns"][2:4]] == [
-        messages[2]["content"], "half of",
-    ]  # fmt: skip
-    assert asked - pids_of(sparing)
-
-
-@pytest.mark.parametrize("wish", ["mock:stop=refusal", "mock:cut=2 mock:else=other"])
-def test_one_of_several_or_a_failed_answer_primes_nothing_wrong(sparing, wish):
-    history = [user("a"), assistant("b"), user(wish)]
-    reply = sparing.chat(history, n=1 + ("stop" in wish))
-    assert reply.status == (200 if "stop" in wish else 502)
-    sparing.settle()
-    told = [claude.conversation.turns for claude in sparing.keeper.spares]
-    texts = [[json.loads(t)["message"]["content"][0]["text"] for t in turns] for turns in told]
-    assert sorted(texts) == [[], [] if "stop" in wish else ["a", "b", wish]]
-
-
-DIFFERENT = {
-    "another system prompt": lambda h: [system("other"), *h[1:]],
-    "an edited earlier turn": lambda h: [h[0], user("edited"), *h[2:]],
-    "an edited answer": lambda h: [*h[:-2], assistant("edited"), h[-1]],
-    "another conversation": lambda h: [h[0], user("z"), assistant("y"), user("x")],
-    "a shorter one": lambda h: h[:2],
-}
-
-
-@pytest.mark.parametrize("difference", list(DIFFERENT))
-def test_a_spare_that_does_not_fit_is_not_used(sparing, difference):
-    history = [system("s"), user("a"), assistant("b"), user("c")]
-    history += [sparing.chat(history).message, user("d")]
-    assert spares_of(sparing) == [(True, 4), BLANK]
-    messages = DIFFERENT[difference](history)
-    told = sparing.told([*messages, assistant("ok")])
-    texts = [b["text"] for t in told["turns"] for b in t["content"]]
-    wanted = [m["content"] for m in messages if m["role"] != "system"]
-    assert texts == [*wanted, "ok", "mock:show"]
-    assert told["initialize"]["systemPrompt"] == [messages[0]["content"]]
-
-
-BOTH = {"CLAUDE_CODE_MAX_OUTPUT_TOKENS": "9000", "CLAUDE_CODE_EFFORT_LEVEL": "low"}
-
-
-@pytest.mark.parametrize("parameters, env", [
-    ({"max_tokens": 9000, "reasoning_effort": "low"}, BOTH),
-    ({"reasoning_effort": "none"}, {"CLAUDE_CODE_DISABLE_THINKING": "1"}),
-    ({"tool_choice": "none"}, {"CLAUDE_CODE_EXTRA_BODY": '{"tool_choice":{"type": "none"}}'}),
-])  # fmt: skip
-def test_a_primed_spare_serves_whatever_the_options(sparing, parameters, env):
-    history = [user("a"), assistant("b"), user("c")]
-    history.append(sparing.chat(history, tools=[tool()]).message)
-    history.append(user("mock:show"))
-    reply, spare = ask_spare(sparing, history, tools=[tool()], **parameters)
-    told = json.loads(reply.content)
-    assert spare and told["settings"] == [{"env": env}]
-    assert len(told["turns"]) == 5
-
-
-@pytest.mark.parametrize("version, late", [("2.1.330", True), ("2.1.328", False)])
-def test_the_model_is_told_before_the_first_turn(make, monkeypatch, version, late):
-    monkeypatch.setenv("STAND_IN_VERSION", version)
-    one = settling(make(spares=2))
-    proxy.announce(one.server)
-    assert spares_of(one) == [BLANK, BLANK]
-    history = [user("a"), assistant("b"), user("mock:show")]
-    told = json.loads(one.chat(history, model="opus").content)
-    assert ("opus" in told["argv"]) is not late
-    assert ({"model": "opus"} in told["settings"]) is late
-    assert spares_of(one) == [(True, 4), BLANK]
-    told = json.loads(one.chat(history, model="haiku").content)  # by a blank one
-    assert ("haiku" in told["argv"]) is not late
-
-
-def test_true_is_not_1(sparing):
-    def asked(value):
-        return [user("a"), calling(call(arguments=json.dumps({"x": value}))),
-                tool_result(), user("mock:show")]  # fmt: skip
-
-    told = sparing.chat(asked(1), tools=[tool()]).message
-    history = [*asked(True), told, user("mock:show")]
-    shown = json.loads(sparing.chat(history, tools=[tool()]).content)
-    assert shown["turns"][1]["content"][0]["input"] == {"x": True}
-    assert shown["turns"][1]["content"][0]["input"]["x"] is True
-
-
-def test_of_equal_spares_the_older_one_is_up(sparing):
-    sparing.chat("a")
-    sparing.settle()
-    births = [claude.born for claude in sparing.keeper.spares]
-    wanted = proxy.Conversation("sonnet")
-    claude = sparing.keeper.take(wanted, sparing.server.backend.installation.program())
-    assert claude.born == min(births) < max(births)
-    sparing.keeper.retire(claude)
-
-
-def test_a_dead_spare_is_not_used(sparing):
-    sparing.chat("a")
-    sparing.settle()
-    spare = sparing.keeper.spares[0]
-    spare.process.kill()
-    spare.process.wait()
-    assert sparing.chat("b").status == 200
-    until(lambda: spare not in sparing.keeper.spares)
-
-
-def test_spares_that_die_at_once_are_not_started_for_ever(make, tmp_path):
-    starts = tmp_path / "starts"
-    text = f'#!/bin/sh\n[ "$1" = -p ] && echo x >>{starts}\necho 2.1.330\n'
-    one = settling(make(spares=2, claude=script(tmp_path / "claude", text)))
-    proxy.announce(one.server)
-    until(lambda: starts.exists() and starts.read_text() == "x\n" * 2)
-    until(lambda: not one.keeper.spares and not one.keeper.dying)
-    one.keeper.tick()
-    assert not one.keeper.spares
-
-
-def test_an_old_spare_is_renewed(sparing, monkeypatch):
-    sparing.chat([user("a"), assistant("b"), user("c")])
-    before = pids_of(sparing)
-    monkeypatch.setattr(proxy, "STARTED_SECONDS", 0.1)
-    monkeypatch.setattr(proxy, "SPARE_SECONDS", 0.2)
-    counts = []
-    until(lambda: counts.append(len(sparing.keeper.spares)) or sparing.server.backend.keeper.wake()
-          or not before & {c.process.pid for c in sparing.keeper.spares})  # fmt: skip
-    assert min(counts) >= 1 and max(counts) == 2  # one after the other
-    assert spares_of(sparing) == [BLANK, BLANK]
-
-
-def test_a_server_that_nobody_asks_holds_no_spares(sparing, monkeypatch):
-    sparing.chat("a")
-    sparing.settle()
-    for name in ("STARTED_SECONDS", "SPARE_SECONDS", "REST_SECONDS"):
-        monkeypatch.setattr(proxy, name, 0)
-    until(lambda: sparing.server.backend.keeper.wake() or not sparing.keeper.spares)
-    assert spares_of(sparing) == []
-    assert sparing.chat("b").status == 200
-
-
-def test_spares_of_a_replaced_cli_end(sparing):
-    sparing.chat("a")
-    before, installation = pids_of(sparing), sparing.server.backend.installation
-    assert len(before) == 2
-    installation.found = installation.found._replace(stamp=("old",))
-    sparing.server.backend.keeper.wake()
-    until(lambda: not sparing.keeper.spares)
-    assert sparing.chat("b").status == 200
-    assert len(pids_of(sparing)) == 2
-
-
-def test_a_spare_is_taken_once(sparing):
-    sparing.chat("a")
-    sparing.settle()
-    program, wanted = sparing.server.backend.installation.program(), proxy.Conversation("sonnet")
-    taken = in_threads(*[lambda: sparing.keeper.take(wanted, program)] * 8)
-    found = [claude for claude in taken if claude]
-    assert len(found) == len({id(claude) for claude in found}) == 2
-    for claude in found:
-        sparing.keeper.retire(claude)
-
-
-@pytest.mark.parametrize("most", [1, 3])
-def test_the_number_of_spares_is_bounded(make, monkeypatch, most):
-    one = settling(make(spares=most))
-    for text in "abcd":
-        one.chat([user(text), assistant("x"), user("y")])
-        one.settle()
-        assert len(one.keeper.spares) == most
-    assert spares_of(one) == [(True, 4)] * most
-    monkeypatch.setattr(proxy, "STARTED_SECONDS", 0)
-    monkeypatch.setattr(proxy, "PAUSE_SECONDS", 0)
-    wanted = [(True, 4)] * max(1, most - 1) + [BLANK] * (most > 1)
-    until(lambda: spares_of(one) == wanted)
-    last = one.keeper.spares[-1 if most == 1 else -2].conversation.turns
-    assert "d" in json.loads(last[0])["message"]["content"][0]["text"]
-
-
-def test_both_endpoints_share_a_primed_spare(sparing):
-    history = [user("a"), assistant("x"), user("b mock:say=two")]
-    said = assistant(sparing.chat(history).content)
-    sparing.settle()
-    history = [{"type": "message", **m} for m in [*history, said, user("c")]]
-    before = pids_of(sparing)
-    assert sparing.respond(history).status == 200
-    assert before - pids_of(sparing)
-    assert max(len(c.conversation.turns) for c in sparing.keeper.spares) >= 5
-
-
-def test_a_spare_knows_a_custom_call(sparing):
-    body = {"tools": [CUSTOM, NAMESPACE], "input": [user('mock:tool=patch,mcp__w__look mock:input={"input":"*"}')]}
-    output = sparing.respond(**body).json["output"]
-    assert [(i["name"], i.get("input")) for i in output[1:]] == [("patch", "*"), ("look", None)]
-    body["input"] += output
-    for call, text in zip(output[1:], ("done", "mock:show")):
-        body["input"].append(output_item(call["call_id"], text, call["type"] + "_output"))
-    before = pids_of(sparing)
-    shown = sparing.respond(**body).json["output"][0]["content"][0]["text"]
-    uses = [b for b in json.loads(shown)["turns"][1]["content"] if b["type"] == "tool_use"]
-    assert before - pids_of(sparing) and [use["input"] for use in uses] == [{"input": "*"}] * 2
-
-
-def test_two_agents_by_turns_find_their_own_spares(sparing):
-    loops = [[user(x), assistant("x"), user("y")] for x in "ab"]
-    for step in range(3):
-        for history in loops:
-            reply, spare = ask_spare(sparing, history)
-            history += [reply.message, user("next")]
-            assert not step or spare
-    assert spares_of(sparing) == [(True, 8), (True, 8)]
-
-
-def test_what_can_not_be_told_ahead_stops_nothing(sparing, monkeypatch):
-    def too_deep(*arguments):
-        raise RecursionError
-
-    monkeypatch.setattr(sparing.keeper, "prepare", too_deep)
-    assert [sparing.chat("a").status, sparing.chat("b").status] == [200, 200]
-
-
-def test_a_cleaned_temporary_directory_is_made_anew(sparing):
-    assert sparing.chat("a").status == 200
-    sparing.settle()
-    shutil.rmtree(sparing.keeper.home)
-    sparing.keeper.drop(sparing.keeper.spares[:])
-    assert os.listdir(sparing.told([])["cwd"]) == []
-
-
-def test_temporary_files_of_a_cli_go_with_it(server):
-    told = server.told([])
-    until(server.quiet)
-    home = server.server.backend.keeper.home
-    assert os.path.dirname(told["env"]["CLAUDE_CODE_TMPDIR"]) == home
-    assert os.listdir(home) == [proxy.CWD]
-
-
-def test_many_at_once_are_not_mixed_up(make):
-    one, numbers = make(spares=2, max_concurrency=16), range(16)
-
-    def ask(i):
-        messages = [user(f"q{i}"), assistant("x"), user(f"text{i}")]
-        return one.chat(messages, stream=bool(i % 2)).content
-
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        assert list(pool.map(ask, numbers)) == [f"You said: text{i} " for i in numbers]
-
-
-# ── Who may ask, and how ───────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize("headers, status", [
-    ({"Host": "localhost:3456"}, 200),
-    ({"Host": "[::1]:3456"}, 200),
-    ({"Host": "127.0.0.2"}, 200),
-    ({"Host": "[0:0:0:0:0:0:0:1]"}, 200),
-    ({"Host": "127.999.0.1"}, 403),
-    ({"Host": "evil.example"}, 403),
-    ({"Host": "localhost.evil.example"}, 403),
-    ({"Origin": "http://localhost:8080"}, 200),
-    ({"Origin": "https://127.0.0.1"}, 200),
-    ({"Origin": "app://obsidian.md"}, 200),
-    ({"Origin": "http://tauri.localhost"}, 200),
-    ({"Origin": "https://evil.example"}, 403),
-    ({"Origin": "http://localhost.evil.example"}, 403),
-    ({"Origin": "null"}, 403),
-    ({"Sec-Fetch-Site": "cross-site"}, 403),
-    ({"Sec-Fetch-Site": "same-origin"}, 200),
-    ({"Sec-Fetch-Site": "cross-site", "Origin": "app://x"}, 200),
-])  # fmt: skip
-def test_guards(server, headers, status):
-    reply = server.request("GET", "/v1/models", headers=headers)
-    assert reply.status == status
-    allowed = reply.headers.get("Access-Control-Allow-Origin")
+# ── HTTP: access ─────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "headers, status",
+    [
+        ({"Host": "localhost:3456"}, 200),
+        ({"Host": "[::1]:3456"}, 200),
+        ({"Host": "127.0.0.2"}, 200),
+        ({"Host": "[0:0:0:0:0:0:0:1]"}, 200),
+        ({"Host": "127.999.0.1"}, 403),
+        ({"Host": "evil.example"}, 403),
+        ({"Host": "localhost.evil.example"}, 403),
+        ({"Origin": "http://localhost:8080"}, 200),
+        ({"Origin": "https://127.0.0.1"}, 200),
+        ({"Origin": "app://obsidian.md"}, 200),
+        ({"Origin": "http://tauri.localhost"}, 200),
+        ({"Origin": "https://evil.example"}, 403),
+        ({"Origin": "http://localhost.evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Sec-Fetch-Site": "cross-site", "Origin": "app://x"}, 200),
+    ],
+)
+def test_access_by_host_and_origin(server, headers, status):
+    response = server.request("GET", "/v1/models", headers=headers)
+    assert response.status == status
+    allowed = response.headers.get("Access-Control-Allow-Origin")
     assert allowed == (headers.get("Origin") if status == 200 else None)
 
 
-def test_a_request_has_one_host(server):
-    for hosts, status in ((0, 400), (1, 200), (2, 400)):
-        head = b"GET /health HTTP/1.1\r\n" + b"Host: localhost\r\n" * hosts
-        assert server.raw(head + b"\r\n").startswith(b"HTTP/1.1 %d " % status)
+@pytest.mark.parametrize("hosts, status", [(0, 400), (1, 200), (2, 400)])
+def test_access_needs_one_host(server, hosts, status):
+    head = b"GET /health HTTP/1.1\r\n" + b"Host: localhost\r\n" * hosts
+    assert server.send_raw(head + b"\r\n").startswith(b"HTTP/1.1 %d " % status)
 
 
-def test_allowed_origins(make):
-    named = ["https://a.example", "https://b.example", "file://", "null"]
-    one, other = make(allow_origin=", ".join(named)), make()
-    for origin in [*named, "https://c.example"]:
-        reply = one.request("GET", "/health", headers={"Origin": origin})
-        assert reply.status == (200 if origin in named else 403)
-        allowed = reply.headers.get("Access-Control-Allow-Origin")
-        assert allowed == (origin if origin in named else None)
-        assert other.request("GET", "/health", headers={"Origin": origin}).status == 403
+NAMED_ORIGINS = ["https://a.example", "https://b.example", "file://", "null"]
 
 
-def test_preflight(make):
+@pytest.mark.parametrize("origin", [*NAMED_ORIGINS, "https://c.example"])
+def test_access_by_allow_origin(start_server, origin):
+    headers = {"Origin": origin}
+    server = start_server(allow_origin=", ".join(NAMED_ORIGINS))
+    response = server.request("GET", "/health", headers=headers)
+    is_named = origin in NAMED_ORIGINS
+    assert response.status == (200 if is_named else 403)
+    allowed = response.headers.get("Access-Control-Allow-Origin")
+    assert allowed == (origin if is_named else None)
+
+
+@pytest.mark.parametrize("origin", NAMED_ORIGINS)
+def test_access_without_allow_origin(server, origin):
+    headers = {"Origin": origin}
+    assert server.request("GET", "/health", headers=headers).status == 403
+
+
+def test_access_preflight(start_server):
     wanted = "authorization,x-stainless-os"
-    headers = {"Origin": "http://localhost:1", "Access-Control-Request-Headers": wanted}
-    one = make(api_key="KEY")
-    reply = one.request("OPTIONS", "/v1/chat/completions", headers=headers)
-    assert reply.status == 204 and "Content-Length" not in reply.headers
-    assert reply.headers["Access-Control-Allow-Origin"] == "http://localhost:1"
-    assert reply.headers["Access-Control-Allow-Headers"] == wanted
+    headers = {
+        "Origin": "http://localhost:1",
+        "Access-Control-Request-Headers": wanted,
+    }
+    server = start_server(api_key="KEY")
+    response = server.request("OPTIONS", "/v1/chat/completions", headers=headers)
+    assert response.status == 204
+    assert "Content-Length" not in response.headers
+    assert response.headers["Access-Control-Allow-Origin"] == "http://localhost:1"
+    assert response.headers["Access-Control-Allow-Headers"] == wanted
     headers["Origin"] = "https://evil.example"
-    assert one.request("OPTIONS", "/v1/chat/completions", headers=headers).status == 403
+    response = server.request("OPTIONS", "/v1/chat/completions", headers=headers)
+    assert response.status == 403
 
 
-@pytest.mark.parametrize("headers, status", [
-    ({}, 401),
-    ({"Authorization": "Bearer WRONG"}, 401),
-    ({"Authorization": "Basic KEYÜ"}, 401),
-    ({"Authorization": "KEYÜ"}, 401),
-    ({"Authorization": "Bearer KEYÜ"}, 200),
-    ({"Authorization": "bEARER  KEYÜ"}, 200),
-    ({"X-Api-Key": "KEYÜ"}, 200),
-])  # fmt: skip
-def test_api_key(make, headers, status):
-    headers = {name: value.encode().decode("latin-1") for name, value in headers.items()}
-    reply = make(api_key="KEYÜ").request("GET", "/v1/models", headers=headers)
-    assert reply.status == status
-    assert (reply.json.get("error") or {}).get("code") == {401: "invalid_api_key"}.get(status)
+@pytest.mark.parametrize(
+    "headers, status",
+    [
+        ({}, 401),
+        ({"Authorization": "Bearer WRONG"}, 401),
+        ({"Authorization": "Basic KEYÜ"}, 401),
+        ({"Authorization": "KEYÜ"}, 401),
+        ({"Authorization": "Bearer KEYÜ"}, 200),
+        ({"Authorization": "bEARER  KEYÜ"}, 200),
+        ({"X-Api-Key": "KEYÜ"}, 200),
+    ],
+)
+def test_access_by_api_key(start_server, headers, status):
+    headers = {
+        name: value.encode().decode("latin-1") for name, value in headers.items()
+    }
+    server = start_server(api_key="KEYÜ")
+    response = server.request("GET", "/v1/models", headers=headers)
+    assert response.status == status
+    if status == 401:
+        assert response.error["code"] == "invalid_api_key"
 
 
-def test_content_type_matters_in_browsers_alone(server):
+def test_access_browser_must_send_json(server):
     body = json.dumps({"model": "sonnet", "messages": [user("x")]})
-    simple = {"Content-Type": "text/plain"}
-    assert server.request("POST", "/v1/chat/completions", body, simple).status == 200
-    simple["Origin"] = "http://localhost"
-    assert server.request("POST", "/v1/chat/completions", body, simple).status == 415
+    headers = {"Content-Type": "text/plain"}
+    response = server.request("POST", "/v1/chat/completions", body, headers)
+    assert response.status == 200
+    headers["Origin"] = "http://localhost"
+    response = server.request("POST", "/v1/chat/completions", body, headers)
+    assert response.status == 415
 
 
-@pytest.mark.parametrize("request_, status", [
-    (POST + b"Connection: close\r\n\r\n", 400),
-    (POST + b"Content-Length: x\r\n\r\n", 400),
-    (POST + b"Content-Length: -1\r\n\r\n", 400),
-    (POST + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}", 400),
-    (POST + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
-    (POST + b"Transfer-Encoding: gzip\r\n\r\n", 400),
-    (POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
-    (POST + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}xx\r\n", 400),
-    (POST + b"Content-Length: 99999999999\r\n\r\n", 413),
-    (POST + b"Transfer-Encoding: chunked\r\n\r\nffffffff\r\n", 413),
-    (b"GET /" + b"x" * 70000 + b" HTTP/1.1\r\n\r\n", 414),
-    (b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 200 + b"\r\n", 431),
-    (b"GET / HTTP/3.0\r\n\r\n", 505),
-    (POST + b"Broken line\r\nContent-Length: 2\r\n\r\n{}", 400),
-    (POST + b"Origin: app://x\r\n Set-Cookie: a=b\r\n\r\n", 400),
-    (POST + b"Origin: app://x\r Set-Cookie: a=b\r\n\r\n", 400),
-    (POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: x\r\n\r\n", 400),
-    (POST + b"Transfer-Encoding:\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
-    (b"nonsense\r\n\r\n", 400),
-    (b"GET http://localhost/health HTTP/1.1\r\nConnection: close\r\n\r\n", 400),
-    (b"GET http://localhost/health HTTP/1.1\r\nHost: a\r\nHost: b\r\nConnection: close\r\n\r\n", 400),
-    (b"GET /nothing HTTP/1.1\r\nHost: localhost\r\nConnection: close, TE\r\n\r\n", 404),
-    (b"GET /nothing HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nContent-Length: 5\r\n\r\nGET /", 404),
-])  # fmt: skip
-def test_malformed_requests(server, request_, status):
+def test_access_ipv6_loopback(start_server):
+    try:
+        server = start_server(host="::1")
+    except OSError:
+        pytest.skip("needs IPv6")
+    head = b"GET /v1/models HTTP/1.1\r\nHost: [::1]:%d\r\n\r\n" % server.port
+    with socket.create_connection(("::1", server.port), timeout=10) as connection:
+        connection.sendall(head)
+        assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
+# ── HTTP: parsing of requests ────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "request_, status",
+    [
+        (POST + b"Connection: close\r\n\r\n", 400),
+        (POST + b"Content-Length: x\r\n\r\n", 400),
+        (POST + b"Content-Length: -1\r\n\r\n", 400),
+        (POST + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}", 400),
+        (
+            POST + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+            400,
+        ),
+        (POST + b"Transfer-Encoding: gzip\r\n\r\n", 400),
+        (POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
+        (POST + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}xx\r\n", 400),
+        (POST + b"Content-Length: 99999999999\r\n\r\n", 413),
+        (POST + b"Transfer-Encoding: chunked\r\n\r\nffffffff\r\n", 413),
+        (b"GET /" + b"x" * 70000 + b" HTTP/1.1\r\n\r\n", 414),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 200 + b"\r\n", 431),
+        (b"GET / HTTP/3.0\r\n\r\n", 505),
+        (POST + b"Broken line\r\nContent-Length: 2\r\n\r\n{}", 400),
+        (POST + b"Origin: app://x\r\n Set-Cookie: a=b\r\n\r\n", 400),
+        (POST + b"Origin: app://x\r Set-Cookie: a=b\r\n\r\n", 400),
+        (POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: x\r\n\r\n", 400),
+        (POST + b"Transfer-Encoding:\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+        (b"nonsense\r\n\r\n", 400),
+        (b"GET http://localhost/health HTTP/1.1\r\nConnection: close\r\n\r\n", 400),
+        (
+            b"GET http://localhost/health HTTP/1.1\r\nHost: a\r\nHost: b\r\nConnection: close\r\n\r\n",
+            400,
+        ),
+        (
+            b"GET /nothing HTTP/1.1\r\nHost: localhost\r\nConnection: close, TE\r\n\r\n",
+            404,
+        ),
+        (
+            b"GET /nothing HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nContent-Length: 5\r\n\r\nGET /",
+            404,
+        ),
+    ],
+)
+def test_http_malformed_request(server, request_, status):
     with server.connect() as connection:
         connection.sendall(request_)
-        reply = read_all(connection)
-    head, _, body = reply.partition(b"\r\n\r\n")
+        response = read_all(connection)
+    head, _, body = response.partition(b"\r\n\r\n")
     assert int(head.split()[1]) == status
     assert json.loads(body)["error"]["message"]
 
 
-def test_chunked_bodies_and_pipelining(server):
+def test_http_chunked_body_and_pipelining(server):
     body = json.dumps({"model": "sonnet", "messages": [user("x")]}).encode()
-    parts = [body[i : i + 9] for i in range(0, len(body), 9)]
     request = POST + b"Transfer-Encoding: chunked\r\n\r\n"
-    request += b"".join(b"%x;ext=1\r\n%b\r\n" % (len(part), part) for part in parts)
+    for start in range(0, len(body), 9):
+        piece = body[start : start + 9]
+        request += b"%x;ext=1\r\n%b\r\n" % (len(piece), piece)
     request += b"0\r\nTrailer: x\r\n\r\n"
     with server.connect() as connection:
         connection.sendall(request + LAST)
-        reply = read_all(connection)
-    assert reply.count(b"HTTP/1.1 200 OK") == 2 and b"You said: x" in reply
+        response = read_all(connection)
+    assert response.count(b"HTTP/1.1 200 OK") == 2
+    assert b"You said: x" in response
 
 
-def test_empty_lines_before_a_request_are_skipped(server):
-    assert server.raw(b"\r\n\n" + LAST).startswith(b"HTTP/1.1 200 OK")
+def test_http_empty_lines_before_a_request_are_skipped(server):
+    assert server.send_raw(b"\r\n\n" + LAST).startswith(b"HTTP/1.1 200 OK")
 
 
-@pytest.mark.parametrize("uri, host, status", [
-    ("http://localhost:3456/v1/models?x=y", "localhost", 200),
-    ("HTTP://LOCALHOST/health", "elsewhere.example", 200),
-    ("http://evil.example/v1/models", "localhost", 403),
-    ("http://localhost", "localhost", 404),
-])  # fmt: skip
-def test_a_uri_with_its_host(server, uri, host, status):
+@pytest.mark.parametrize(
+    "uri, host, status",
+    [
+        ("http://localhost:3456/v1/models?x=y", "localhost", 200),
+        ("HTTP://LOCALHOST/health", "elsewhere.example", 200),
+        ("http://evil.example/v1/models", "localhost", 403),
+        ("http://localhost", "localhost", 404),
+    ],
+)
+def test_http_absolute_uri(server, uri, host, status):
     head = f"GET {uri} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
-    assert server.raw(head.encode()).startswith(b"HTTP/1.1 %d " % status)
+    response = server.send_raw(head.encode())
+    assert response.startswith(b"HTTP/1.1 %d " % status)
 
 
-def test_a_request_that_comes_during_an_answer_is_kept(server):
-    with send_request(server.port, "mock:tokens=5 mock:gap_ms=20", True) as connection:
-        seen = connection.recv(1000)
-        connection.sendall(LAST)
-        seen += read_all(connection)
-    assert seen.index(b"[DONE]") < seen.index(b'"spares"')
-
-
-def test_a_client_that_sends_much_ahead_has_not_left():
-    near, far = socket.socketpair()
-    with near, far:
-        near.sendall(b"x" * (proxy.MAX_AHEAD + 9))
-        reader = proxy.TimedReader(far, lambda: far.send(b"x"))
-        until(lambda: reader.has_left() or reader.is_full())
-        assert not reader.has_left() and not reader.has_left()
-        near.shutdown(socket.SHUT_WR)
-        whole = io.BufferedReader(reader).read()
-        assert whole == b"x" * (proxy.MAX_AHEAD + 9) and not reader.has_left()
-        near.close()
-        reader.poke_at = 0.0  # the next time it is asked
-        assert reader.has_left()
-
-
-def test_expect_100_continue(server):
+def test_http_expect_100_continue(server):
     body = json.dumps({"model": "sonnet", "messages": [user("x")]}).encode()
     head = POST + b"Content-Length: %d\r\nExpect: 100-continue\r\n\r\n" % len(body)
     with server.connect() as connection:
@@ -3575,31 +6346,56 @@ def test_expect_100_continue(server):
         assert connection.recv(100).startswith(b"HTTP/1.1 100 ")
         connection.sendall(body)
         assert b" 200 " in connection.recv(100)
-    refused_ = head.replace(b"localhost", b"evil.example")
+
+
+def test_http_expect_100_continue_refused(server):
+    head = POST + b"Content-Length: 9\r\nExpect: 100-continue\r\n\r\n"
     with server.connect() as connection:
-        connection.sendall(refused_)
+        connection.sendall(head.replace(b"localhost", b"evil.example"))
         assert connection.recv(100).startswith(b"HTTP/1.1 403 ")
 
 
-def test_slow_senders_are_dropped(make, monkeypatch):
-    """Of a body that does not come, and of headers that come a byte at a time."""
-    monkeypatch.setattr(proxy, "REQUEST_SECONDS", 0.3)
-    one = make()
-    with one.connect() as body, one.connect() as headers:
-        body.sendall(POST + b"Content-Length: 100\r\n\r\n{")
-        assert one.request("GET", "/health").status == 200
-        with contextlib.suppress(ConnectionError):
-            for byte in POST * 9:
-                headers.sendall(bytes([byte]))
-                if select.select([headers], [], [], 0.02)[0]:
-                    break
-            else:
-                raise AssertionError("it was never dropped")
-            assert headers.recv(100) == b""
-        assert body.recv(100) == b""
+def test_http_too_large_body_is_refused_before_it_is_sent(server):
+    head = POST + b"Content-Length: 40000000\r\n\r\n"
+    with server.connect() as connection:
+        connection.sendall(head + b"x" * 1_000_000)
+        assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
 
 
-def test_a_refused_request_does_not_poison_its_connection(server):
+def test_http_1_0_gets_no_chunked_body(server):
+    body = json.dumps({"model": "sonnet", "stream": True, "messages": [user("x")]})
+    head = "POST /v1/chat/completions HTTP/1.0\r\n"
+    request = f"{head}Content-Length: {len(body)}\r\n\r\n{body}"
+    with server.connect() as connection:
+        connection.sendall(request.encode())
+        response = read_all(connection)
+    head, _, rest = response.partition(b"\r\n\r\n")
+    assert b"Transfer-Encoding" not in head
+    assert rest.startswith(b"data: {")
+    assert rest.endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("wanted", ["Keep-Alive", ""])
+def test_http_1_0_connection_is_closed(server, wanted):
+    request = f"GET /health HTTP/1.0\r\nConnection: {wanted}\r\n\r\n"
+    head = server.send_raw(request.encode()).partition(b"\r\n\r\n")[0]
+    assert b"\r\nConnection: close" in head
+
+
+# ── HTTP: connections ────────────────────────────────────────────────────────────
+
+
+def test_connection_serves_one_request_after_another(server):
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    with contextlib.closing(connection):
+        for stream in (False, True, False):
+            messages = [user("x")]
+            body = {"model": "sonnet", "stream": stream, "messages": messages}
+            connection.request("POST", "/v1/chat/completions", json.dumps(body))
+            assert read_response(connection).content == "You said: x "
+
+
+def test_connection_survives_refused_requests(server):
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
     with contextlib.closing(connection):
         for method, path, body, status in [
@@ -3611,484 +6407,670 @@ def test_a_refused_request_does_not_poison_its_connection(server):
             ("GET", "/v1/models", None, 200),
         ]:
             connection.request(method, path, body)
-            assert result_of(connection).status == status
+            assert read_response(connection).status == status
 
 
-def test_a_body_too_large_is_refused_before_it_is_sent(server):
-    head = POST + b"Content-Length: 40000000\r\n\r\n"
+def test_connection_keeps_a_request_that_comes_during_an_answer(server):
+    words = "mock:tokens=5 mock:gap_ms=20"
+    with open_request(server.port, words, True) as connection:
+        response = connection.recv(1000)
+        connection.sendall(LAST)
+        response += read_all(connection)
+    assert response.index(b"[DONE]") < response.index(b'"spares"')
+
+
+def test_connection_keeps_a_large_request_that_comes_during_an_answer(server):
+    """More than the server reads ahead."""
+    words = "mock:tokens=5 mock:gap_ms=20"
+    text = "x" * (3 * proxy.MAX_READ_AHEAD_BYTES)
+    with open_request(server.port, words, True) as connection:
+        response = connection.recv(1000)
+        send_chat(connection, text, False)
+        connection.sendall(LAST)
+        response += read_all(connection)
+    positions = [response.index(text.encode()), response.index(b'"spares"')]
+    assert response.index(b"[DONE]") < positions[0] < positions[1]
+
+
+def test_connection_of_a_client_that_sends_much_ahead_is_not_lost():
+    client, server_side = socket.socketpair()
+    with client, server_side:
+        data = b"x" * (proxy.MAX_READ_AHEAD_BYTES + 9)
+        client.sendall(data)
+        reader = proxy.TimedReader(server_side, lambda: server_side.send(b"x"))
+        wait_until(lambda: reader.has_left() or reader.is_full())
+        assert not reader.has_left()
+        client.shutdown(socket.SHUT_WR)
+        assert io.BufferedReader(reader).read() == data
+        assert not reader.has_left()
+        client.close()
+        reader.poke_at = 0.0  # so that it asks the client again
+        assert reader.has_left()
+
+
+def test_connection_of_a_slow_body_is_closed(start_server, monkeypatch):
+    monkeypatch.setattr(proxy, "REQUEST_SECONDS", 0.3)
+    server = start_server()
     with server.connect() as connection:
-        connection.sendall(head + b"x" * 1_000_000)
-        assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
+        connection.sendall(POST + b"Content-Length: 100\r\n\r\n{")
+        assert server.request("GET", "/health").status == 200
+        assert connection.recv(100) == b""
 
 
-@pytest.mark.skipif(not socket.has_ipv6, reason="needs IPv6")
-def test_ipv6_loopback(make):
-    try:
-        one = make(host="::1")
-    except OSError:
-        pytest.skip("needs IPv6")
-    with socket.create_connection(("::1", one.port), timeout=10) as connection:
-        connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: [::1]:%d\r\n\r\n" % one.port)
-        assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
+def test_connection_of_slow_headers_is_closed(start_server, monkeypatch):
+    """A byte now and then does not keep it open."""
+    monkeypatch.setattr(proxy, "REQUEST_SECONDS", 0.3)
+    server = start_server()
+    with server.connect() as connection, contextlib.suppress(ConnectionError):
+        for byte in POST * 9:
+            connection.sendall(bytes([byte]))
+            readable, _, _ = select.select([connection], [], [], 0.02)
+            if readable:
+                break
+        assert readable, "it was never closed"
+        assert connection.recv(100) == b""
 
 
-def test_many_idle_connections_do_not_stop_others(server):
+def test_connection_idle_before_a_request_is_closed(server, monkeypatch):
+    monkeypatch.setattr(proxy, "IDLE_CONNECTION_SECONDS", 0.1)
+    with server.connect() as connection:
+        connection.settimeout(10)
+        assert connection.recv(100) == b""
+
+
+def test_connection_idle_after_a_request_is_closed(server, monkeypatch):
+    monkeypatch.setattr(proxy, "IDLE_CONNECTION_SECONDS", 0.5)
+    with server.connect() as connection:
+        connection.settimeout(10)
+        connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert read_all(connection).startswith(b"HTTP/1.1 200 ")
+
+
+def test_connections_idle_do_not_stop_others(server):
     with contextlib.ExitStack() as stack:
         for _ in range(300):
             stack.enter_context(server.connect())
         assert server.request("GET", "/v1/models").status == 200
 
 
-# ── The CLI found or not ───────────────────────────────────────────────────────────
+def test_accept_without_a_free_thread_closes_the_connection(server, monkeypatch):
+    def fail(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with server.connect() as connection:
+            assert read_all(connection) == b""
+    assert server.request("GET", "/v1/models").status == 200
 
 
-def test_no_cli_and_then_there_is_one(make, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(proxy, "PLACES", ["~/.local/bin"])
-    one = make(claude="")
-    reply = one.chat("hi")
-    assert reply.status == 503 and "npm install" in reply.error["message"]
-    assert one.request("GET", "/health").status == 503
-    home = tmp_path / ".local" / "bin"
-    home.mkdir(parents=True)
-    text = f'#!/bin/sh\nexec {sys.executable} {__file__} "$@"\n'  # this file as `claude`
-    cli = script(home / "claude", text)
-    assert one.chat("hi").content == "You said: hi "
-    assert one.request("GET", "/health").json["claude"]["path"] == cli
+def test_accept_without_a_free_descriptor_is_tried_again(server, monkeypatch):
+    get_request = server.server.get_request
+    failures = []
+
+    def fail_once():
+        if failures:
+            return get_request()
+        failures.append(OSError(24, "Too many open files"))
+        raise failures[0]
+
+    monkeypatch.setattr(server.server, "get_request", fail_once)
+    assert server.request("GET", "/v1/models").status == 200
+    assert failures
 
 
-def test_an_old_cli(make, monkeypatch):
-    monkeypatch.setenv("STAND_IN_VERSION", "2.1.86")
-    reply = make().chat("hi")
-    assert reply.status == 503 and "claude update" in reply.error["message"]
+def test_accept_without_a_connection_does_not_wait():
+    """As if the client had left meanwhile."""
+    server = proxy.Server(proxy.Settings(port=0))
+    assert not server.socket.getblocking()
+    server.accept()
+    server.drain()
 
 
-def test_not_logged_in(make, monkeypatch):
-    monkeypatch.setenv("STAND_IN_LOGIN", "no")
-    reply = make().request("GET", "/health")
-    assert reply.status == 503 and "claude auth login" in reply.json["message"]
+# ── HTTP: logging and internal errors ────────────────────────────────────────────
 
 
-def test_the_cli_is_looked_for_where_installers_put_it(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for version in ("v9.1.0", "v22.1.0", "v20.3.0"):
-        home = tmp_path / ".nvm" / "versions" / "node" / version / "bin"
-        home.mkdir(parents=True)
-        script(home / "claude", "#!/bin/sh\n")
-    monkeypatch.setattr(proxy, "PLACES", [p for p in proxy.PLACES if p.startswith("~")])
-    assert "v22.1.0" in proxy.find_claude("")
+def test_log_has_a_line_for_each_request_and_no_prompt(server, monkeypatch, capsys):
+    monkeypatch.setattr(proxy, "log", REAL_LOG)
+    assert "SECRET" in server.chat("SECRET").content
+    (line,) = wait_until(lambda: capsys.readouterr().err.splitlines())
+    assert re.fullmatch(
+        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d 200 POST /v1/chat/completions "
+        r"model=claude-sonnet-mock first=\d\.\d{3} in=10 cached=0 out=\d+ total=\d\.\d{3}",
+        line,
+    )
 
 
-def test_a_cli_of_a_relative_path_entry(monkeypatch, tmp_path):
-    (tmp_path / "bin").mkdir()
-    shutil.copy(STAND_IN, tmp_path / "bin" / "claude")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", "bin")
-    assert proxy.find_claude("") == str(tmp_path / "bin" / "claude")
+def test_log_first_is_the_time_to_the_first_token(server, log_lines):
+    server.chat("mock:delay_ms=300 mock:tokens=1")
+    (line,) = wait_until(lambda: log_lines)
+    first = float(re.search(r" first=(\S+) ", line)[1])
+    total = float(re.search(r" total=(\S+)$", line)[1])
+    assert 0.3 <= first <= total
 
 
-def test_a_cli_finds_the_node_beside_it(make, monkeypatch, tmp_path):
-    cli = script(tmp_path / "claude", "#!/usr/bin/env node-of-nvm\n")
-    script(tmp_path / "node-of-nvm", f'#!/bin/sh\nshift\nexec {STAND_IN} "$@"\n')
-    monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    assert make(claude=cli).chat("hi").content == "You said: hi "
+def test_log_model_cannot_forge_a_line(server, log_lines):
+    server.chat("mock:exit=1", model="x\n2026 200 GET /forged\x1b[31m/sonnet")
+    (line,) = wait_until(lambda: log_lines)
+    assert "model=x?2026?200?GET" in line
+    assert "\n" not in line
 
 
-# ── The command ────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize(
+    "words, status",
+    [
+        ("mock:exit=1", 502),
+        ("mock:status=500", 502),
+        ("mock:shape", 502),
+        ("mock:retry=401", 401),
+        ("mock:hang", 504),
+        ("mock:stderr=99 mock:exit=1", 502),
+    ],
+)
+def test_log_and_errors_hold_no_secret(
+    start_server, log_lines, words, status, monkeypatch
+):
+    monkeypatch.setenv("SOME_TOKEN", "SECRET")
+    timeout = 0.1 if words == "mock:hang" else 30
+    server = start_server(timeout=timeout, api_key="SECRET", verbose=True)
+    body = {"model": "sonnet", "messages": [system("SECRET"), user(f"SECRET {words}")]}
+    headers = {"Authorization": "Bearer SECRET"}
+    responses = run_in_threads(
+        lambda: server.post(body, headers=headers),
+        lambda: server.post({**body, "stream": True}, headers=headers),
+    )
+    wait_until(lambda: len([line for line in log_lines if " POST " in line]) == 2)
+    home = os.path.expanduser("~")
+    for response in responses:
+        assert response.status == status
+        seen = response.text + str(response.headers) + "".join(log_lines)
+        for secret in ("SECRET", HERE, home, tempfile.gettempdir(), "Traceback"):
+            assert secret not in seen
 
 
-def command(*arguments, **env):
-    """Run the script -> CompletedProcess."""
-    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **env}
-    argv = [sys.executable, proxy.__file__, *arguments]
-    return subprocess.run(argv, capture_output=True, text=True, env=env, timeout=30)
+# It repeats on stderr what it reads, and ends at the prompt.
+ECHOING_CLI = """#!/bin/sh
+[ "$1" = -p ] || exec %s "$@"
+while read -r line; do
+    printf '%%s\\n' "$line" >&2
+    case "$line" in *SECRET*) exit 1;; esac
+done
+"""
 
 
-@contextlib.contextmanager
-def running(*arguments, closed=""):
-    """The script as a process of its own -> (process, port)."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    code = f"import claude_max_proxy as p; vars(p).update({SHORT}); p.main()"
-    argv = [sys.executable, "-c", code, "--port", str(port), "--claude", STAND_IN]
-    shell = ["sh", "-c", f'exec "$@" {closed}', "sh"]
-    argv = [*shell, *argv, *arguments]
-    process = subprocess.Popen(argv, stderr=subprocess.PIPE, cwd=HERE)
-    try:
-        until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
-        yield process, port
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
+@pytest.mark.xfail(reason="--verbose logs what the CLI writes to stderr", strict=False)
+def test_log_verbose_holds_no_prompt(start_server, log_lines, tmp_path):
+    path = write_script(tmp_path / "claude", ECHOING_CLI % STAND_IN)
+    server = start_server(claude=path, verbose=True)
+    assert server.chat("SECRET").status == 502
+    wait_until(lambda: any(" POST " in line for line in log_lines))
+    assert "SECRET" not in "".join(log_lines)
 
 
-def complaint(capsys, *arguments):
-    """What parse_arguments() says before it exits -> (exit code, stdout, stderr)."""
-    with pytest.raises(SystemExit) as caught:
-        proxy.parse_arguments(list(arguments))
-    return (caught.value.code, *capsys.readouterr())
+def raise_bug(*arguments):
+    """Raise an exception that no code expects, with text of a request in it."""
+    raise KeyError("SECRET")
 
 
-def test_version_names_the_file(capsys):
-    out = complaint(capsys, "--version")[1]
-    assert re.fullmatch(r"claude_max_proxy \d+\.\d+\.\d+ \([0-9a-f]{12}\)\n", out)
+def test_internal_error_is_a_500_without_details(server, log_lines, monkeypatch):
+    monkeypatch.setattr(proxy, "parse_chat", raise_bug)
+    response = server.chat("SECRET")
+    assert response.status == 500
+    assert response.error["type"] == "api_error"
+    assert "SECRET" not in response.text + "".join(log_lines)
+    assert "KeyError, line" in log_lines[0]
 
 
-@pytest.mark.parametrize("arguments, env, message", [
-    (["--port", "x"], {}, "--port"),
-    (["--port", "70000"], {}, "--port"),
-    (["--timeout", "-1"], {}, "--timeout"),
-    (["--nonsense"], {}, "--nonsense"),
-    (["--host", "0.0.0.0"], {}, "--api-key"),
-    ([], {"CLAUDE_MAX_PROXY_PORT": "many"}, "--port"),
-])  # fmt: skip
-def test_bad_options_are_one_line_and_exit_2(arguments, env, message, capsys, monkeypatch):
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
-    code, out, error = complaint(capsys, *arguments)
-    assert code == 2 and message in error and not out
-    assert len(error.splitlines()) == 1
+def test_internal_error_in_a_stream_ends_it(server, monkeypatch):
+    monkeypatch.setattr(server.service, "learn", raise_bug)
+    with open_request(server.port, "x", True) as connection:
+        response = read_all(connection)
+    assert response.count(b"HTTP/1.1") == 1
+    assert b"[DONE]" not in response
 
 
-def test_options_from_the_environment(monkeypatch):
-    monkeypatch.setenv("CLAUDE_MAX_PROXY_PORT", "1234")
-    monkeypatch.setenv("CLAUDE_MAX_PROXY_VERBOSE", "1")
-    assert proxy.parse_arguments([])[0] == proxy.Settings(port=1234, verbose=True)
-    assert proxy.parse_arguments(["--port", "99"])[0].port == 99
+def test_internal_error_after_the_answer_is_not_sent(server, monkeypatch):
+    monkeypatch.setattr(server.service, "expect_next_turn", raise_bug)
+    with open_request(server.port, "x", False, dialogue("a", "b")) as connection:
+        response = read_all(connection)
+    assert response.count(b"HTTP/1.1") == 1
+    assert b"You said: x" in response
 
 
-def test_a_port_in_use():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        out = command("--port", str(taken.getsockname()[1]))
-    assert out.returncode == 2 and "in use" in out.stderr
-    assert len(out.stderr.splitlines()) == 1
+@pytest.mark.xfail(reason="it leaves no trace", strict=False)
+def test_internal_error_outside_of_a_request_is_logged(server, log_lines, monkeypatch):
+    monkeypatch.setattr(proxy.Handler, "parse_request", raise_bug)
+    with server.connect() as connection:
+        connection.sendall(LAST)
+        assert read_all(connection) == b""
+    (line,) = log_lines
+    assert "KeyError" in line
+    assert "SECRET" not in line
 
 
-def checked(capsys, **settings):
-    """--check -> (exit code, what it prints)."""
-    settings = {"port": 0, "claude": STAND_IN, **settings}
-    return proxy.run_checks(proxy.Settings(**settings)), capsys.readouterr().out
+@pytest.mark.xfail(reason="it ends the main loop without a trace", strict=False)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_internal_error_in_the_main_loop_is_logged(
+    start_server, log_lines, monkeypatch
+):
+    server = start_server()
+    tick = server.pool.tick
+    failures = []
+
+    def fail_once():
+        if failures:
+            return tick()
+        failures.append(True)
+        raise KeyError("SECRET")
+
+    monkeypatch.setattr(server.pool, "tick", fail_once)
+    server.wake()
+    wait_until(lambda: failures)
+    wait_until(lambda: log_lines or not server.thread.is_alive())
+    (line,) = log_lines
+    assert "KeyError" in line
+    assert "SECRET" not in line
+    assert server.chat("hi").status == 200
 
 
-def test_check_knows_a_server_that_runs_already(server, capsys):
-    code, out = checked(capsys, port=server.port)
-    assert code == 0 and "serves on port" in out
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        code, out = checked(capsys, port=taken.getsockname()[1])
-    assert code == 1 and "in use" in out
+# ── Main ─────────────────────────────────────────────────────────────────────────
 
 
-def test_problems_with_the_cli_say_what_to_do(tmp_path, capsys):
-    path = tmp_path / "claude"
-    path.write_text("#!/bin/sh\necho what\n")
-    path.chmod(0o644)
-    code, out = checked(capsys, claude=str(path))
-    assert code == 1 and "chmod" in out
-    path.chmod(0o755)
-    assert "--version" in checked(capsys, claude=str(path))[1]
-    assert "is no file" in checked(capsys, claude="/nowhere")[1]
-    assert "is no file" in checked(capsys, claude=str(tmp_path))[1]
+def test_main_banner(capsys, start_server):
+    start_server(api_key="SECRET").announce()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1].startswith(f"Claude Code {CLI_VERSION} at ")
+    assert lines[2] == "logged in"
+    assert "claude-opus-4" in lines[-2]
+    assert lines[-1].startswith("try: curl http://localhost:")
+    assert "Bearer $KEY" in lines[-1]
+    assert "SECRET" not in "".join(lines)
 
 
-def test_an_old_python_is_told_what_is_needed(monkeypatch):
+def test_main_old_python(monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 8, 18))
     with pytest.raises(SystemExit, match="3.9 is needed"):
         proxy.main()
-    ast.parse(read("claude_max_proxy.py"), feature_version=(3, 7))  # it gets that far
 
 
-def test_check(capsys):
-    code, out = checked(capsys)
-    assert code == 0 and "2.1.330" in out and "logged in" in out
+def test_main_old_python_can_parse_the_file():
+    ast.parse(read_document("claude_max_proxy.py"), feature_version=(3, 7))
 
 
-def test_check_says_what_is_wrong(capsys, monkeypatch):
+def test_main_port_in_use():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = run_command("--port", str(taken.getsockname()[1]))
+    assert done.returncode == 2
+    assert "in use" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_check_all_right(capsys):
+    code, out = run_check(capsys)
+    assert code == 0
+    assert CLI_VERSION in out
+    assert "logged in" in out
+
+
+def test_check_not_logged_in(capsys, monkeypatch):
     monkeypatch.setenv("STAND_IN_LOGIN", "no")
-    code, out = checked(capsys)
-    assert code == 1 and "claude auth login" in out
+    code, out = run_check(capsys)
+    assert code == 1
+    assert "claude auth login" in out
+
+
+def test_check_token_refused():
+    env = {"STAND_IN_LOGIN": "no", "CLAUDE_CODE_OAUTH_TOKEN": "x"}
+    done = run_command("--check", "--port", "0", "--claude", STAND_IN, **env)
+    assert done.returncode == 1
+    assert "claude setup-token" in done.stdout
+
+
+def test_check_api_key_in_the_environment(capsys, monkeypatch):
     monkeypatch.setenv("ANTHROPIC_API_KEY", "x")
-    code, out = checked(capsys, claude="/nowhere")
-    assert code == 1 and "ANTHROPIC_API_KEY" in out
+    code, out = run_check(capsys, claude="/nowhere")
+    assert code == 1
+    assert "ANTHROPIC_API_KEY" in out
 
 
-def child_of(connection):
-    """The pid that a mock:child answer tells."""
-    return int(read_until(connection, rb'content": "(\d+)"')[1])
+def test_check_server_that_runs_already(server, capsys):
+    code, out = run_check(capsys, port=server.port)
+    assert code == 0
+    assert "serves on port" in out
 
 
-def test_stopping_ends_an_answer_in_flight(make):
-    one = make(spares=2)
-    one.chat("leave a spare")
-    with send_request(one.port, "mock:child mock:gap_ms=60000", True) as connection:
-        child = child_of(connection)
-        one.close()
+def test_check_port_in_use(capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        code, out = run_check(capsys, port=taken.getsockname()[1])
+    assert code == 1
+    assert "in use" in out
+
+
+@pytest.mark.parametrize(
+    "mode, problem",
+    [(0o644, "chmod"), (0o755, "--version")],
+    ids=["not executable", "no version"],
+)
+def test_check_file_that_is_no_cli(tmp_path, capsys, mode, problem):
+    path = tmp_path / "claude"
+    path.write_text("#!/bin/sh\necho what\n")
+    path.chmod(mode)
+    code, out = run_check(capsys, claude=str(path))
+    assert code == 1
+    assert problem in out
+
+
+def test_check_path_that_is_no_file(tmp_path, capsys):
+    for path in ("/nowhere", str(tmp_path)):
+        code, out = run_check(capsys, claude=path)
+        assert code == 1
+        assert "is no file" in out
+
+
+def test_stop_ends_an_answer_in_flight(start_server):
+    server = start_server(spares=2)
+    server.chat("leave a spare")
+    words = "mock:child mock:gap_ms=60000"
+    with open_request(server.port, words, True) as connection:
+        child = read_child_pid(connection)
+        server.close()
         rest = read_until(connection, rb"0\r\n\r\n$").string
-        assert b'"code": "stopping"' in rest and b"[DONE]" not in rest
-        assert one.quiet() and not one.server.backend.keeper.spares
-        until(lambda: gone(child), 5)
+    assert b'"code": "stopping"' in rest
+    assert b"[DONE]" not in rest
+    assert server.is_idle()
+    assert not server.spares()
+    wait_until(lambda: has_exited(child), 5)
 
 
-STATES = {  # (the last text, what comes before it) of each request
+@pytest.mark.parametrize("words", ["mock:tokens=99 mock:gap_ms=100", "mock:hang"])
+def test_stop_makes_an_unfinished_answer_a_503(start_server, words):
+    server = start_server()
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        future = executor.submit(server.chat, words)
+        wait_until(server.answering)
+        server.close()
+        response = future.result()
+    assert response.status == 503
+    assert response.error["code"] == "stopping"
+
+
+def test_stop_does_not_wait_for_a_client_that_does_not_read(start_server, monkeypatch):
+    monkeypatch.setattr(proxy, "TERMINATE_SECONDS", 0.1)
+    server = start_server()
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", server.port))
+        send_chat(connection, "mock:say=" + "x" * 8_000_000, True)
+        read_until(connection, b"xxx")
+        server.close()
+        assert server.is_busy()  # it still writes, for up to WRITE_SECONDS
+
+    def is_reaped():
+        server.tick()
+        return not server.has_processes()
+
+    wait_until(is_reaped)  # the server, which does that, has stopped
+
+
+# The requests of each state of a server with one place: the last text, and the messages
+# before it.
+STATES = {
     "idle": [],
     "answering": [("mock:child mock:gap_ms=60000", [])],
-    "stubborn": [("mock:stubborn mock:hang", [])],
-    "replaying": [("x", [user("mock:deaf"), assistant("y")])],
-    "waiting": [("mock:hang", [])] * 3,
-    "a spare starts": [("x", [])],
+    "stubborn process": [("mock:stubborn mock:hang", [])],
+    "earlier turn": [("x", dialogue("mock:deaf", "y"))],
+    "waiting requests": [("mock:hang", [])] * 3,
+    "spare that starts": [("x", [])],
 }
 
 
-def stopped_in(state):
-    """A signal in a state -> exit code. Its children must be gone soon afterwards."""
+def active_and_waiting(port):
+    health = health_of(port)
+    return health["active"], health["waiting"]
+
+
+def stop_in_state(state):
+    """Send a signal to a server in a state, and return its exit code."""
     with contextlib.ExitStack() as stack:
-        process, port = stack.enter_context(running("--max-concurrency", "1"))
-        requests = [send_request(port, text, True, before) for text, before in STATES[state]]
-        for request in requests:
-            stack.enter_context(request)
-        if state == "a spare starts":
-            read_until(requests[0], b"DONE")
-        elif requests:
-            counts = {"active": 1, "waiting": len(requests) - 1}
-            until(lambda: counts.items() <= health_of(port).items())
-        pids = list(children(process.pid))
-        process.send_signal(signal.SIGHUP if state == "idle" else signal.SIGTERM)
+        process, port = stack.enter_context(server_process("--max-concurrency", "1"))
+        connections = []
+        for text, before in STATES[state]:
+            connection = open_request(port, text, True, before)
+            connections.append(stack.enter_context(connection))
+        if state == "spare that starts":
+            read_until(connections[0], b"DONE")
+        elif connections:
+            wanted = (1, len(connections) - 1)
+            wait_until(lambda: active_and_waiting(port) == wanted)
+        pids = child_processes(process.pid)
+        number = signal.SIGHUP if state == "idle" else signal.SIGTERM
+        process.send_signal(number)
         code = process.wait(10)
-        until(lambda: all(map(gone, pids)), 5)
+        wait_until(lambda: all(map(has_exited, pids)), 5)
         return code
 
 
-def test_a_signal_stops_the_server_in_every_state(tmp_path, monkeypatch):
+def test_signal_stops_the_server_in_every_state(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        assert dict(zip(STATES, pool.map(stopped_in, STATES))) == dict.fromkeys(STATES, 0)
+    with concurrent.futures.ThreadPoolExecutor() as executor:
+        codes = list(executor.map(stop_in_state, STATES))
+    assert dict(zip(STATES, codes)) == dict.fromkeys(STATES, 0)
     assert not list(tmp_path.glob("claude-max-*"))
 
 
-def health_of(port):
-    connection = http.client.HTTPConnection("127.0.0.1", port)
-    with contextlib.closing(connection):
-        connection.request("GET", "/health")
-        return result_of(connection).json
-
-
-@pytest.mark.parametrize("wish", ["mock:tokens=99 mock:gap_ms=100", "mock:hang"])
-def test_an_answer_cut_short_by_stopping_is_503(make, wish):
-    one, replies = make(), []
-    thread = threading.Thread(target=lambda: replies.append(one.chat(wish)))
-    thread.start()
-    until(lambda: one.server.backend.keeper.live)
-    one.close()
-    thread.join()
-    assert (replies[0].status, replies[0].error["code"]) == (503, "stopping")
-
-
-def test_a_client_that_does_not_read_does_not_stop_the_stopping(make, monkeypatch):
-    monkeypatch.setattr(proxy, "TERM_SECONDS", 0.1)
-    one = make()
-    with socket.socket() as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.connect(("127.0.0.1", one.port))
-        ask_on(connection, "mock:say=" + "x" * 4_000_000, True)
-        until(lambda: one.server.busy and connection.recv(1))
-        begun = time.monotonic()
-        one.close()
-        assert time.monotonic() - begun < 10  # WRITE_SECONDS are 60
-    keeper = one.server.backend.keeper  # nobody reaps for a server that has stopped
-    until(lambda: keeper.tick() or not (keeper.live or keeper.dying))
-
-
-def test_a_signal_ends_a_server_whose_cli_hangs_at_the_start(tmp_path, monkeypatch):
+def test_signal_while_the_cli_hangs_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    cli = script(tmp_path / "claude", "#!/bin/sh\nexec sleep 60\n")
-    with running("--claude", cli) as (process, _):
-        until(lambda: children(process.pid))
+    path = write_script(tmp_path / "claude", "#!/bin/sh\nexec sleep 60\n")
+    with server_process("--claude", path) as (process, _):
+        wait_until(lambda: child_processes(process.pid))
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0
     assert not list(tmp_path.glob("claude-max-*"))
 
 
-def test_a_second_signal_ends_the_server_at_once():
-    with running() as (process, port):
-        with send_request(port, "mock:child mock:gap_ms=60000", True) as connection:
-            child = child_of(connection)
+def test_signal_twice_ends_the_server_at_once():
+    words = "mock:child mock:gap_ms=60000"
+    with server_process() as (process, port):
+        with open_request(port, words, True) as connection:
+            child = read_child_pid(connection)
             process.send_signal(signal.SIGTERM)
-            until(lambda: socket.socket().connect_ex(("127.0.0.1", port)))
+            wait_until(lambda: not can_connect(port))
             process.send_signal(signal.SIGTERM)
             assert process.wait(2) == 1
-            until(lambda: gone(child))
+            wait_until(lambda: has_exited(child))
 
 
-def test_the_log_has_a_line_for_each_request_and_no_prompt(server, monkeypatch, capsys):
-    monkeypatch.setattr(proxy, "log", LOG)
-    assert "SECRET" in server.chat("SECRET").content
-    lines = until(lambda: capsys.readouterr().err.splitlines())
-    assert len(lines) == 1 and re.fullmatch(
-        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d 200 POST /v1/chat/completions "
-        r"model=claude-sonnet-mock first=\d\.\d{3} in=10 cached=0 out=\d+ total=\d\.\d{3}",
-        lines[0],
-    ), lines
+def test_main_without_stderr(tmp_path):
+    """Without a log, and with all else."""
+    with server_process(redirection="2>&-") as (process, port):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        with contextlib.closing(connection):
+            for _ in range(2):
+                connection.request("GET", "/health", headers={"Connection": "x"})
+                assert read_response(connection).status == 200
+                assert connection.sock  # it is one connection
+        process.terminate()
+        assert process.wait(10) == 0
 
 
-# ── Fuzz and load ──────────────────────────────────────────────────────────────────
+# ── Fuzz and load ────────────────────────────────────────────────────────────────
 
 JUNK = [None, True, -1, 10**30, 1.5, "x", "", "\ud800", [], {}, [[]], {"type": 1}]
 
 
-def mutated(value, rng):
-    """A copy with some things dropped, put in, wrapped, or copied from elsewhere."""
-    value = json.loads(json.dumps(value))
+def mutate_value(value, rng):
+    """A copy of a JSON value in which some things are dropped, replaced or moved."""
+    value = deep_copy(value)
     for _ in range(rng.randrange(1, 4)):
-        paths = list(places(value))[1:]
+        paths = list(paths_in(value))[1:]
         if not paths:
             return rng.choice(JUNK)
         path = rng.choice(paths)
-        holder, key, change = at(value, path[:-1]), path[-1], rng.randrange(4)
-        if change == 0:
+        holder = value_at(value, path[:-1])
+        key = path[-1]
+        change = rng.choice(["drop", "replace", "wrap", "copy"])
+        if change == "drop":
             del holder[key]
-        elif change == 1:
+        elif change == "replace":
             holder[key] = rng.choice(JUNK)
-        elif change == 2:
+        elif change == "wrap":
             holder[key] = [holder[key]]
         else:
-            holder[key] = json.loads(json.dumps(at(value, rng.choice(paths))))
+            holder[key] = deep_copy(value_at(value, rng.choice(paths)))
     return value
 
 
-def gnawed(raw, rng):
-    """Bytes with a few of them changed, dropped or doubled."""
+def mutate_bytes(raw, rng):
+    """Bytes of which a few are changed, dropped or doubled."""
     raw = bytearray(raw)
     for _ in range(rng.randrange(1, 4)):
-        place, any_byte = rng.randrange(len(raw)), bytes([rng.randrange(256)])
-        new = [b"", any_byte, raw[place : place + 1] * 2, b'"', b"\r\n"]
-        raw[place : place + 1] = rng.choice(new)
+        place = rng.randrange(len(raw))
+        any_byte = bytes([rng.randrange(256)])
+        doubled = raw[place : place + 1] * 2
+        raw[place : place + 1] = rng.choice([b"", any_byte, doubled, b'"', b"\r\n"])
     return bytes(raw)
 
 
-WHOLE_RESPONSE = {
-    "model": "sonnet", "input": INPUT[:-2] + [
+WHOLE_RESPONSES_REQUEST = {
+    "model": "sonnet",
+    "input": [
+        *INPUT_ITEMS[:-2],
         item("custom_tool_call", call_id="b", name="patch", input="+a"),
-        output_item("b", "done", "custom_tool_call_output"), user("e")],
-    "tools": [function(), NAMESPACE, CUSTOM, {"type": "web_search"}], "instructions": "I",
-    "tool_choice": {"type": "function", "name": "get_weather"}, "max_output_tokens": 5,
-    "text": {"format": {"type": "json_schema", "name": "x", "schema": CITY}},
-    "reasoning": {"effort": "low", "summary": "auto"}, "stream": True,
-}  # fmt: skip
+        call_output_item("b", "done", "custom_tool_call_output"),
+        user("e"),
+    ],
+    "tools": [function_tool(), NAMESPACE_TOOL, CUSTOM_TOOL, {"type": "web_search"}],
+    "instructions": "I",
+    "tool_choice": {"type": "function", "name": "get_weather"},
+    "max_output_tokens": 5,
+    "text": {"format": {"type": "json_schema", "name": "x", "schema": CITY_SCHEMA}},
+    "reasoning": {"effort": "low", "summary": "auto"},
+    "stream": True,
+}
 
 
-@pytest.mark.parametrize("whole", [WHOLE, WHOLE_RESPONSE], ids=["chat", "responses"])
-def test_mutated_requests_are_understood_or_refused(whole):
-    """And what is understood can be told to the CLI."""
-    outcomes = set()
+@pytest.mark.parametrize(
+    "parse, body",
+    [(parse_chat_body, WHOLE_CHAT), (parse_responses_body, WHOLE_RESPONSES_REQUEST)],
+    ids=["chat", "responses"],
+)
+def test_fuzz_requests_are_parsed_or_refused(parse, body):
+    """And what is parsed can be sent to the CLI."""
+    statuses = set()
     for seed in range(800):
         rng = random.Random(seed)
-        raw = json.dumps(mutated(whole, rng)).encode()
+        raw = json.dumps(mutate_value(body, rng)).encode()
+        if seed % 5 == 0:
+            raw = mutate_bytes(raw, rng)
         try:
-            value = proxy.parse_json(gnawed(raw, rng) if seed % 5 == 0 else raw)
-            parse = proxy.parse_response if whole is WHOLE_RESPONSE else proxy.parse_chat
-            ask = parse(value, {})
+            parsed = parse(proxy.parse_body(raw))
         except proxy.APIError as error:
             assert error.status in (400, 404), seed
-            outcomes.add(error.status)
+            statuses.add(error.status)
             continue
-        version = (2, 1, 112)
-        lines = [proxy.initialize_line(ask.setup), proxy.query_line(ask.turns[-1], version)]
-        lines += [proxy.turn_line(turn, i, version) for i, turn in enumerate(ask.turns)]
-        json.dumps([lines, ask.setup.tools], allow_nan=False).encode()
-        outcomes.add(200)
-    assert outcomes == {200, 400, 404}
+        json.dumps(lines_for_cli(parsed), allow_nan=False).encode()
+        json.dumps(parsed.tools, allow_nan=False).encode()
+        statuses.add(200)
+    assert statuses == {200, 400, 404}
 
 
-WHOLE_MESSAGE = {
-    "model": "m", "usage": {"input_tokens": 1, "output_tokens": 1},
+WHOLE_ANSWER = {
+    "model": "m",
+    "usage": {"input_tokens": 1, "output_tokens": 1},
     "stop_reason": "end_turn",
-    "content": [{"type": "thinking", "thinking": "t", "signature": "s"},
-                {"type": "text", "text": "x"},
-                {"type": "tool_use", "id": "i", "name": "f", "input": {}}],
-}  # fmt: skip
-ALLOWED = {"status": "allowed", "resetsAt": 5}
-RETRY = {"type": "system", "subtype": "api_retry", "error_status": 529, "retry_delay_ms": 5}
+    "content": [
+        {"type": "thinking", "thinking": "t", "signature": "s"},
+        {"type": "text", "text": "x"},
+        {"type": "tool_use", "id": "i", "name": "f", "input": {}},
+    ],
+}
+RATE_LIMIT = {
+    "type": "rate_limit_event",
+    "rate_limit_info": {"status": "allowed", "resetsAt": 5},
+}
+RETRY = {
+    "type": "system",
+    "subtype": "api_retry",
+    "error_status": 529,
+    "retry_delay_ms": 5,
+}
 TRANSCRIPTS = [
-    transcript("mock:think=2 mock:tokens=4"),
-    transcript("mock:tool=f,g"),
-    transcript("mock:tokens=2", ["StructuredOutput"]),
-    transcript("mock:tokens=3")[:4] + transcript("mock:tokens=5"),  # told again
-    [{"type": "rate_limit_event", "rate_limit_info": ALLOWED}, RETRY, *transcript("mock:say=x")],
-    [{"type": "assistant", "message": WHOLE_MESSAGE}],
-    printed("mock:status=529")[1:],
+    answer_lines("mock:think=2 mock:tokens=4"),
+    answer_lines("mock:tool=f,g"),
+    answer_lines("mock:tokens=2", ["StructuredOutput"]),
+    [*answer_lines("mock:tokens=3")[:4], *answer_lines("mock:tokens=5")],  # a restart
+    [RATE_LIMIT, RETRY, *answer_lines("mock:say=x")],
+    [{"type": "assistant", "message": WHOLE_ANSWER}],
+    cli_lines("mock:status=529")[1:],
 ]
 
 
-def test_mutated_transcripts_are_an_answer_or_an_error():
-    outcomes = set()
+def test_fuzz_cli_lines_are_an_answer_or_an_error():
+    statuses = set()
     for seed in range(600):
         rng = random.Random(seed)
-        lines = mutated(rng.choice(TRANSCRIPTS), rng)
-        lines = lines if isinstance(lines, list) else [lines]
-        raws = [json.dumps(line).encode() for line in lines]
-        if seed % 5 == 0 and raws:
-            raws.append(gnawed(raws.pop(), rng))
-        form = json_schema() if seed % 3 == 0 else None
-        ask = ask_of(stop=["tok2"], stream=True, response_format=form)
-        outcomes.add(told_by(raws, proxy.Reply(ask, "id", 1)))
-    assert outcomes == {200, 502, 503}
+        lines = mutate_value(rng.choice(TRANSCRIPTS), rng)
+        if not isinstance(lines, list):
+            lines = [lines]
+        raw_lines = [json.dumps(line).encode() for line in lines]
+        if seed % 5 == 0 and raw_lines:
+            raw_lines[-1] = mutate_bytes(raw_lines[-1], rng)
+        response_format = json_schema_format() if seed % 3 == 0 else None
+        parsed = parse_chat(stop=["tok2"], stream=True, response_format=response_format)
+        statuses.add(decode_bytes(raw_lines, new_chat_reply(parsed)))
+    assert statuses == {200, 502, 503}
 
 
-def told_by(raws, reply):
-    """The status of an answer made of these lines; its chunks and whole are sound."""
-    try:
-        for line in proxy.parse_lines(raws):
-            for delta in reply.answers[0].feed(line):
-                text = reply.event(delta)
-                (choice,) = json.loads(text[6:])["choices"] if text else [{"delta": {}}]
-                texts = [choice["delta"].get(k) for k in ("content", "reasoning_content")]
-                assert all(text is None or isinstance(text, str) for text in texts)
-        if reply.is_complete:
-            json.dumps(reply.completion(), allow_nan=False)
-        return 200
-    except proxy.APIError as error:
-        return error.status
-
-
-def test_mutated_http_is_answered_or_dropped(server):
-    """What comes back is well-formed, and no fault of ours."""
+def http_requests():
+    """Requests of different forms, none of which reaches a CLI."""
     body = json.dumps({"model": "gpt-4", "messages": [user("x")]}).encode()
-    size, origin = len(body), b"Origin: http://localhost\r\nContent-Type: application/json\r\n"
+    size = len(body)
+    origin = b"Origin: http://localhost\r\nContent-Type: application/json\r\n"
     chunked = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (size, body)
-    whole = [
-        POST + b"Content-Length: %d\r\n\r\n%b" % (size, body), POST + chunked,
+    return [
+        POST + b"Content-Length: %d\r\n\r\n%b" % (size, body),
+        POST + chunked,
         POST + origin + chunked,
         b"GET /v1/models/sonnet?x=1 HTTP/1.1\r\nHost: localhost\r\nX-Api-Key: x\r\n\r\n",
         b"OPTIONS /v1/models HTTP/1.0\r\nOrigin: app://x\r\n\r\n",
-    ]  # fmt: skip
-    outcomes = set()
+    ]
+
+
+def split_responses(data):
+    """The status and the body of each response in the bytes of a connection."""
+    while data:
+        head, _, data = data.partition(b"\r\n\r\n")
+        status = int(re.match(rb"HTTP/1\.1 (\d+) ", head)[1])
+        size = 0
+        if status not in (100, 204):
+            size = int(re.search(rb"Content-Length: (\d+)", head)[1])
+        yield status, data[:size]
+        data = data[size:]
+
+
+def test_fuzz_http_is_answered_or_dropped(server):
+    """The responses are well-formed, and none is an error of the server."""
+    statuses = set()
     for seed in range(400):
         rng = random.Random(seed)
-        reply = server.raw(gnawed(rng.choice(whole), rng))
-        while reply:
-            head, _, reply = reply.partition(b"\r\n\r\n")
-            status = int(re.match(rb"HTTP/1\.1 (\d+) ", head)[1])
-            outcomes.add(status)
+        data = server.send_raw(mutate_bytes(rng.choice(http_requests()), rng))
+        for status, body in split_responses(data):
+            statuses.add(status)
             assert status < 500 or status in (501, 505), seed
-            if status not in (100, 204):
-                size = int(re.search(rb"Content-Length: (\d+)", head)[1])
-                payload, reply = reply[:size], reply[size:]
-                assert not payload or json.loads(payload), seed
-    assert outcomes >= {200, 204, 400, 403, 404, 405, 505}
+            if body:
+                json.loads(body)
+    assert statuses >= {200, 204, 400, 403, 404, 405, 505}
 
 
-# What a client may do: the text, parameters, and the status that it gets, or None if it
+# What a client may do: a text, parameters, and the status that it gets, or None if it
 # leaves in the middle.
 LOAD = [
     ("mock:tokens=20", {"stream": True}, 200),
     ("mock:tokens=20", {}, 200),
-    ("mock:tool=f", {"tools": [{"type": "function", "function": {"name": "f"}}]}, 200),
+    ("mock:tool=f", {"tools": [tool("f")]}, 200),
     ("mock:tokens=1", {"n": 2}, 200),
     ("mock:tokens=99 mock:gap_ms=50", {"stream": True}, None),
     ("mock:hang", {}, None),
@@ -4102,288 +7084,261 @@ LOAD = [
 ]
 
 
-def load(port, count, outcomes, seed=1):
-    """`count` requests of a client that is not always polite."""
+def send_load(port, count, seed=1):
+    """Send requests of a client that is not always polite.
+
+    Returns (status, expected status) of each; a client that left has no status.
+    """
+    outcomes = []
     rng = random.Random(seed)
     for _ in range(count):
-        text, parameters, wanted = rng.choice(LOAD)
-        messages = [system(f"s{rng.randrange(3)}"), user("a"), assistant("b"), user(text)]
+        text, parameters, expected = rng.choice(LOAD)
+        messages = [system(f"s{rng.randrange(3)}"), *dialogue("a", "b", text)]
         messages = messages[rng.choice([0, 1, 3]) :]
         body = {"model": "sonnet", "messages": messages, **parameters}
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         with contextlib.closing(connection):
             connection.request("POST", "/v1/chat/completions", json.dumps(body))
-            if wanted is None:
-                time.sleep(rng.random() / 10)
+            if expected is None:
+                time.sleep(rng.random() / 10)  # to leave at some other moment
                 outcomes.append((None, None))
                 continue
-            reply = result_of(connection)
-            outcomes.append((reply.status, wanted))
-            if "tokens=20" in text:
-                assert reply.content == "".join(f"tok{i} " for i in range(20))
+            response = read_response(connection)
+        outcomes.append((response.status, expected))
+        if text == "mock:tokens=20":
+            assert response.content == "".join(f"tok{i} " for i in range(20))
+    return outcomes
 
 
-def state_of(pid):
-    """What a process holds: children, descriptors, threads (as far as can be seen), and
-    RSS in MB."""
+def resources_of(pid):
+    """How many children, descriptors and threads a process has, and its RSS in MB.
+
+    Descriptors and threads only where they can be seen.
+    """
+    counts = [len(child_processes(pid))]
+    if os.path.exists(f"/proc/{pid}/"):
+        counts.append(len(os.listdir(f"/proc/{pid}/fd")))
+        counts.append(len(os.listdir(f"/proc/{pid}/task")))
     size = subprocess.check_output(["ps", "-o", "rss=", "-p", str(pid)])
-    proc = f"/proc/{pid}/"
-    paths = [proc + "fd", proc + "task"] if os.path.exists(proc) else []
-    return (len(children(pid)), *(len(os.listdir(p)) for p in paths)), int(size) / 1024
+    return counts, int(size) / 1024
+
+
+def resources_when_idle(pid, port):
+    """The resources of a server that has two spares and no connection, else None.
+
+    They must be the same twice, for it may be about to start a process.
+    """
+    before = None
+    for _ in range(2):
+        spares = health_of(port)["spares"]
+        counts, size = resources_of(pid)
+        children, *others = counts
+        if spares != 2 or children != 2:
+            return None
+        if others and others[1] > 1:  # a connection has a thread
+            return None
+        if before is not None and counts != before:
+            return None
+        before = counts
+        time.sleep(0.05)
+    return counts, size
 
 
 def test_load_leaves_nothing_behind(tmp_path, monkeypatch):
-    """LOAD_REQUESTS=500 of them; fewer by default, for speed."""
+    """LOAD_REQUESTS=500 sends so many requests; fewer by default, for speed."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    count, outcomes = int(os.environ.get("LOAD_REQUESTS", 30)), []
-    with running("--spares", "2") as (process, port):
-        drained = threading.Thread(target=process.stderr.read)
-        drained.start()
-        load(port, 10, [])
-        before, size = until(lambda: idle(process.pid, port))
-        with concurrent.futures.ThreadPoolExecutor(10) as pool:
-            list(pool.map(lambda seed: load(port, count // 10, outcomes, seed), range(10)))
-        until(lambda: (idle(process.pid, port) or [None])[0] == before)
-        grown = state_of(process.pid)[1] - size
-        print(f"{len(outcomes)} requests {collections.Counter(outcomes)}; "
-              f"{before} (children, descriptors, threads) before and after; "
-              f"{size:.1f} MB, {grown:+.1f}")  # fmt: skip
+    clients = 10
+    count = int(os.environ.get("LOAD_REQUESTS", 30)) // clients
+    outcomes = []
+    with server_process("--spares", "2") as (process, port):
+        log_reader = threading.Thread(target=process.stderr.read)
+        log_reader.start()
+        send_load(port, 10)
+        before, size = wait_until(lambda: resources_when_idle(process.pid, port))
+        with concurrent.futures.ThreadPoolExecutor(clients) as executor:
+            seeds = range(clients)
+            for some in executor.map(lambda seed: send_load(port, count, seed), seeds):
+                outcomes += some
+
+        def is_as_before():
+            resources = resources_when_idle(process.pid, port)
+            return resources and resources[0] == before
+
+        wait_until(is_as_before)
+        grown = resources_of(process.pid)[1] - size
+        print(f"{len(outcomes)} requests: {collections.Counter(outcomes)}")
+        print(f"children, descriptors, threads before and after: {before}")
+        print(f"{size:.1f} MB, {grown:+.1f}")
         process.terminate()
         assert process.wait(5) == 0
-        drained.join()
-    assert len(outcomes) == count // 10 * 10
-    assert all(status == wanted for status, wanted in outcomes), outcomes
-    assert grown < 8 and not list(tmp_path.glob("claude-max-*"))
+        log_reader.join()
+    assert len(outcomes) == clients * count
+    for status, expected in outcomes:
+        assert status == expected
+    assert grown < 8
+    assert not list(tmp_path.glob("claude-max-*"))
 
 
-def idle(pid, port):
-    """state_of() a server that has two spares, no other child, and no connection any more;
-    the same twice, for it may be about to start a process."""
-    states = []
-    for _ in range(2):
-        spares = health_of(port)["spares"]
-        (count, *counts), size = state_of(pid)
-        states.append((count, *counts))
-        if (spares, count) != (2, 2) or counts[1:] > [1] or states[-1] != states[0]:
-            return None
-        time.sleep(0.05)
-    return states[0], size
+# ── Documents ────────────────────────────────────────────────────────────────────
 
 
-# ── Secrets ────────────────────────────────────────────────────────────────────────
+def table_rows(table, prefix=""):
+    """The rows of README's table for a table of the code: equal rows are joined."""
+    names = {}
+    for name, row in table.items():
+        names.setdefault((row.treatment, row.reason), []).append(f"`{name}`")
+    rows = []
+    for (use, why), alike in names.items():
+        rows.append(f"| {prefix}{', '.join(alike)} | {use} | {why} |")
+    return "\n".join(rows)
 
 
-@pytest.mark.parametrize("wish, status", [
-    ("exit=1", 502),
-    ("status=500", 502),
-    ("shape", 502),
-    ("retry=401", 401),
-    ("hang", 504),
-    ("stderr=99 mock:exit=1", 502),
-])  # fmt: skip
-def test_errors_and_log_hold_no_secret(make, logged, wish, status, monkeypatch):
-    monkeypatch.setenv("SOME_TOKEN", "SECRET")
-    one = make(timeout=0.1 if wish == "hang" else 30, api_key="SECRET", verbose=True)
-    body = {"model": "sonnet", "messages": [system("SECRET"), user(f"SECRET mock:{wish}")]}
-    headers = {"Authorization": "Bearer SECRET"}
-    for reply in in_threads(
-        lambda: one.post(body, headers=headers),
-        lambda: one.post({**body, "stream": True}, headers=headers),
-    ):
-        assert reply.status == status
-        seen = reply.text + str(reply.headers) + "".join(logged)
-        home = os.path.expanduser("~")
-        secrets = ("SECRET", HERE, home, tempfile.gettempdir(), "Traceback")
-        assert not [secret for secret in secrets if secret in seen]
-    until(lambda: len([line for line in logged if " POST " in line]) == 2)
-
-
-def test_a_bug_of_ours_in_a_stream_ends_it(server, monkeypatch):
-    monkeypatch.setattr(server.server.backend, "learn", lambda answers: {}["SECRET"])
-    with send_request(server.port, "x", True) as connection:
-        seen = read_all(connection)
-    assert seen.count(b"HTTP/1.1") == 1 and b"[DONE]" not in seen
-
-
-def test_a_bug_of_ours_behind_an_answer_is_not_told(server, monkeypatch):
-    monkeypatch.setattr(server.server.backend, "expect_next_turn", lambda reply: {}["SECRET"])
-    before = [user("a"), assistant("b")]
-    with send_request(server.port, "x", False, before) as connection:
-        seen = read_all(connection)
-    assert seen.count(b"HTTP/1.1") == 1 and b"You said: x" in seen
-
-
-def test_a_bug_of_ours_is_a_500_without_details(server, logged, monkeypatch):
-    monkeypatch.setattr(proxy, "parse_chat", lambda body, memory: {}["SECRET"])
-    reply = server.chat("SECRET")
-    assert reply.status == 500 and reply.error["type"] == "api_error"
-    assert "SECRET" not in reply.text + "".join(logged) and "KeyError, line" in logged[0]
-
-
-def test_the_plans_limit_is_logged_when_it_warns(make, logged):
-    one = make()
-    for _ in range(2):
-        one.chat("mock:limit=99 mock:tokens=1")
-    warnings = [line for line in logged if line.startswith("limit ")]
-    assert len(warnings) == 1 and "status=rejected resetsAt=" in warnings[0]
-    assert one.request("GET", "/health").json["rate_limit"]["status"] == "rejected"
-
-
-def test_a_refused_login_ends_the_spares(sparing):
-    sparing.chat("leave a spare")
-    assert spares_of(sparing)
-    sparing.chat("mock:status=401")
-    assert not sparing.keeper.spares and sparing.chat("hi").status == 200
-
-
-def test_health_believes_a_refused_login(server):
-    server.chat("mock:status=401")
-    assert server.request("GET", "/health").status == 503
-    server.chat("hi")
-    assert server.request("GET", "/health").status == 200
-
-
-def test_health_asks_the_cli_once(make, tmp_path, monkeypatch):
-    monkeypatch.setenv("STAND_IN_LOGIN", "no")
-    asked = tmp_path / "asked"
-    text = f'#!/bin/sh\necho >>{asked}\nexec {STAND_IN} "$@"\n'
-    one = make(claude=script(tmp_path / "claude", text))
-    with concurrent.futures.ThreadPoolExecutor(9) as pool:
-        list(pool.map(lambda _: one.request("GET", "/health"), range(9)))
-    assert len(asked.read_text()) == 2  # its version, and its login
-
-
-def test_a_model_name_can_not_forge_the_log(server, logged):
-    server.chat("mock:exit=1", model="x\n2026 200 GET /forged\x1b[31m/sonnet")
-    until(lambda: logged)
-    assert "model=x?2026?200?GET" in logged[0] and "\n" not in logged[0]
-
-
-def test_the_banner_says_what_to_try(capsys, make):
-    proxy.announce(make(api_key="SECRET").server)
-    banner = capsys.readouterr().err.splitlines()
-    assert banner[1].startswith("Claude Code 2.1.330 at ") and banner[2] == "logged in"
-    assert "claude-opus-4" in banner[-2] and banner[-1].startswith("try: curl http://localhost:")
-    assert "SECRET" not in "".join(banner) and "Bearer $KEY" in banner[-1]
-
-
-def test_the_log_shows_no_control_characters(capsys):
-    LOG("405 \x1b[31mGET\x07 /x \x85\n\ttotal=0.1")
-    line = capsys.readouterr().err
-    assert line.endswith(" 405 ?[31mGET? /x total=0.1\n") and line.count("\n") == 1
-
-
-def test_without_stderr_there_is_no_log_and_all_else(tmp_path):
-    with running(closed="2>&-") as (process, port):
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-        with contextlib.closing(connection):
-            for _ in range(2):  # one connection
-                connection.request("GET", "/health", headers={"Connection": "x"})
-                assert result_of(connection).status == 200
-                assert connection.sock
-        process.terminate()
-        assert process.wait(10) == 0
-
-
-# ── Documents ──────────────────────────────────────────────────────────────────────
-
-
-def read(name):
-    if not os.path.exists(os.path.join(HERE, name)):
-        pytest.skip(f"{name} was not copied")
-    with open(os.path.join(HERE, name), encoding="utf-8") as document:
-        return document.read()
-
-
-def test_readme_lists_every_option_and_parameter():
-    readme = read("README.md")
+def test_readme_lists_every_option():
+    readme = read_document("README.md")
     for name, row in proxy.OPTIONS.items():
-        flag, variable = name.replace("_", "-"), proxy.ENVIRONMENT + name.upper()
+        flag = name.replace("_", "-")
+        variable = proxy.ENVIRONMENT_PREFIX + name.upper()
         default = f"`{row.default}`" if row.default else ""
         assert f"| `--{flag}` | `{variable}` | {default} | {row.help} |" in readme
-    known = {id(row) for row in proxy.PARAMETERS.values()}
-    shared = [n for n, row in proxy.RESPONSE_PARAMETERS.items() if id(row) in known]
-    assert ", ".join(f"`{name}`" for name in shared) + " as above" in " ".join(readme.split())
-    other = {n: r for n, r in proxy.RESPONSE_PARAMETERS.items() if n not in shared}
-    for head, table in [("", proxy.PARAMETERS), ("", other), ("tools: ", proxy.TOOL_TYPES),
-                        ("items: ", proxy.ITEM_TYPES)]:  # fmt: skip
-        alike = {}
-        for name, row in table.items():
-            alike.setdefault((row.use, row.why), []).append(f"`{name}`")
-        rows = [f"| {head}{', '.join(n)} | {use} | {why} |" for (use, why), n in alike.items()]
-        assert "\n".join(rows) in readme
     assert len(re.findall(r"^\| `--", readme, re.M)) == len(proxy.OPTIONS)
-    assert len(readme.splitlines()) <= 250
 
 
-def test_help_lists_every_option_with_its_default(capsys):
-    out = complaint(capsys, "--help")[1]
-    for name, row in proxy.OPTIONS.items():
-        assert "--" + name.replace("_", "-") in out
-        assert not row.default or f"(default: {row.default})" in " ".join(out.split())
+def test_readme_lists_every_parameter():
+    readme = read_document("README.md")
+    shared = []
+    others = {}
+    for name, row in proxy.RESPONSE_PARAMETERS.items():
+        if row is proxy.CHAT_PARAMETERS.get(name):
+            shared.append(f"`{name}`")
+        else:
+            others[name] = row
+    assert ", ".join(shared) + " as above" in " ".join(readme.split())
+    assert table_rows(proxy.CHAT_PARAMETERS) in readme
+    assert table_rows(others) in readme
+    assert table_rows(proxy.TOOL_TYPES, "tools: ") in readme
+    assert table_rows(proxy.ITEM_TYPES, "items: ") in readme
 
 
-def test_readmes_first_request_works(server):
-    curl = re.search(r"^curl http://localhost:3456(\S+) -d '(.*)'$", read("README.md"), re.M)
-    form = {"Content-Type": "application/x-www-form-urlencoded"}
-    reply = server.request("POST", curl[1], curl[2], form)
-    assert reply.status == 200 and reply.content == "You said: Hello! "
+def test_readme_first_request_works(server):
+    readme = read_document("README.md")
+    curl = re.search(r"^curl http://localhost:3456(\S+) -d '(.*)'$", readme, re.M)
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    response = server.request("POST", curl[1], curl[2], headers)
+    assert response.status == 200
+    assert response.content == "You said: Hello! "
 
 
 def test_readme_json_and_python_blocks_are_valid():
-    blocks = re.findall(r"```(python|json)\n(.*?)```", read("README.md"), re.S)
-    assert {language for language, _ in blocks} == {"python", "json"}
-    for language, block in blocks:
-        json.loads(block) if language == "json" else compile(block, "README.md", "exec")
+    readme = read_document("README.md")
+    python_blocks = re.findall(r"```python\n(.*?)```", readme, re.S)
+    assert python_blocks
+    for block in python_blocks:
+        compile(block, "README.md", "exec")
+    json_blocks = re.findall(r"```json\n(.*?)```", readme, re.S)
+    assert json_blocks
+    for block in json_blocks:
+        json.loads(block)
 
 
-@pytest.mark.parametrize("words", [
-    "Download `claude_max_proxy.py`", "mkdir -p ~/.local/bin ~/Library/LaunchAgents",
-    "launchctl kickstart -k gui/$UID/com.claude-max-api", "loginctl enable-linger",
-    "journalctl --user -u claude-max-proxy", "`claude setup-token`", "`CLAUDE_CODE_OAUTH_TOKEN`",
-    "`HTTPS_PROXY`", "`127.0.0.1` there", "`DISABLE_TELEMETRY=1`", '`dirname "$(llm logs path)"`',
-])  # fmt: skip
-def test_readme_tells_a_newcomer(words):
-    assert words in read("README.md")
+def test_help_lists_every_option_with_its_default(capsys):
+    out = " ".join(parse_arguments_exit(capsys, "--help")[1].split())
+    for name, row in proxy.OPTIONS.items():
+        assert "--" + name.replace("_", "-") in out
+        if row.default:
+            assert f"(default: {row.default})" in out
 
 
-def test_the_plist_starts_the_server(tmp_path):
-    plist = plistlib.loads(read("com.claude-max-api.plist").encode())
+def test_plist_starts_the_server(tmp_path):
+    plist = plistlib.loads(read_document("com.claude-max-api.plist").encode())
     assert plist["Label"] == "com.claude-max-api"
-    assert plist["RunAtLoad"] is True and plist["KeepAlive"] is True
+    assert plist["RunAtLoad"] is True
+    assert plist["KeepAlive"] is True
+    path = plist["EnvironmentVariables"]["PATH"]
+    assert "/opt/homebrew/bin" in path.split(":")
+    assert "/usr/local/bin" in path.split(":")
     home = tmp_path / "home with space"
     (home / ".local" / "bin").mkdir(parents=True)
     shutil.copy(proxy.__file__, home / ".local" / "bin")
-    paths = plist["EnvironmentVariables"]["PATH"].split(":")
-    assert "/opt/homebrew/bin" in paths and "/usr/local/bin" in paths
-    env = {"HOME": str(home), "CLAUDE_MAX_PROXY_PORT": "70000"}
-    env["PATH"] = os.path.dirname(sys.executable) + ":" + plist["EnvironmentVariables"]["PATH"]
-    assert subprocess.run(plist["ProgramArguments"], env=env, timeout=30).returncode == 2
+    env = {
+        "HOME": str(home),
+        "CLAUDE_MAX_PROXY_PORT": "70000",  # it starts, and refuses that
+        "PATH": os.path.dirname(sys.executable) + ":" + path,
+    }
+    done = subprocess.run(plist["ProgramArguments"], env=env, timeout=30)
+    assert done.returncode == 2
     log = (home / "Library" / "Logs" / "claude-max-api.log").read_text()
     assert "--port" in log
 
 
-def test_the_file_stands_alone():
-    nodes = list(ast.walk(ast.parse(read("claude_max_proxy.py"))))
-    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-    homes = {name: importlib.util.find_spec(name).origin for name in names}
+def test_imports_are_of_the_standard_library():
+    names = set()
+    for node in ast.walk(ast.parse(read_document("claude_max_proxy.py"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    assert len(names) > 20
     library = os.path.dirname(os.__file__)
-    assert len(homes) > 20 and not [
-        home for home in homes.values()
-        if home not in ("built-in", "frozen")
-        and (not home.startswith(library) or "site-packages" in home)
-    ]  # fmt: skip
+    for name in names:
+        origin = importlib.util.find_spec(name).origin
+        if origin not in ("built-in", "frozen"):
+            assert origin.startswith(library)
+            assert "site-packages" not in origin
 
 
-# ── The contract with the real CLI ─────────────────────────────────────────────────
+# ── The contract with the real CLI ───────────────────────────────────────────────
+# These tests need a `claude` on PATH, or CLAUDE_CLIS, which names some.
 
 
 def real_clis():
-    named = os.environ.get("CLAUDE_CLIS", "")
+    named = [
+        path for path in os.environ.get("CLAUDE_CLIS", "").split(os.pathsep) if path
+    ]
+    if named:
+        return named
     found = shutil.which("claude")
-    return [p for p in named.split(os.pathsep) if p] or ([found] if found else [])
+    return [found] if found else []
+
+
+def make_home_with_traps(home):
+    """Settings, cache and files of a user, none of which may reach the API."""
+    (home / ".claude").mkdir()
+    (home / ".claude" / "CLAUDE.md").write_text("TRAP: cache")
+    hook = {"type": "command", "command": "echo TRAP: hook"}
+    settings = {"hooks": {"UserPromptSubmit": [{"hooks": [hook]}]}, "model": "opus"}
+    (home / ".claude" / "settings.json").write_text(json.dumps(settings))
+    mcp_servers = {"trap": {"command": "echo", "args": ["TRAP: mcp"]}}
+    (home / ".claude.json").write_text(json.dumps({"mcpServers": mcp_servers}))
+    (home / "trap.txt").write_text("TRAP: file")
+
+
+class RealServer(LocalServer):
+    """A server with a real CLI, which asks a small Messages API."""
+
+    def __init__(self, claude, api, home, **settings):
+        super().__init__(claude=claude, **settings)
+        self.claude = claude
+        self.api = api
+        self.home = home
+
+    def version(self):
+        """The version of the CLI."""
+        version = self.health()["claude"]["version"]
+        return tuple(map(int, version.split(".")))
+
+    def api_request(self):
+        """The body of the one request that reached the API since the last call."""
+        entries = self.api.log[:]
+        self.forget_requests()
+        assert len(entries) == 1, [entry["wrong"] for entry in entries]
+        (entry,) = entries
+        assert not entry["wrong"]
+        assert "TRAP" not in json.dumps(entry["body"])
+        return entry["body"]
+
+    def forget_requests(self):
+        del self.api.log[:]
 
 
 @pytest.fixture(
@@ -4391,50 +7346,49 @@ def real_clis():
     params=real_clis() or [None],
     ids=os.path.basename if real_clis() else None,
 )
-def real(request, tmp_path_factory):
-    """The server with a real CLI that asks a MessagesAPI, in a home full of traps."""
+def real(request, nothing_left_at_the_end, tmp_path_factory):
+    """A RealServer without spares, in a home full of traps."""
     if request.param is None:
         pytest.skip("no real `claude` on PATH (and none named by CLAUDE_CLIS)")
     home = tmp_path_factory.mktemp("home")
-    (home / ".claude").mkdir()
-    (home / ".claude" / "CLAUDE.md").write_text("TRAP: memory")
-    hook = {"type": "command", "command": "echo TRAP: hook"}
-    settings = {"hooks": {"UserPromptSubmit": [{"hooks": [hook]}]}, "model": "opus"}
-    (home / ".claude" / "settings.json").write_text(json.dumps(settings))
-    trap = {"mcpServers": {"trap": {"command": "echo", "args": ["TRAP: mcp"]}}}
-    (home / ".claude.json").write_text(json.dumps(trap))
-    (home / "trap.txt").write_text("TRAP: file")
+    make_home_with_traps(home)
     api = MessagesAPI()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(proxy, "log", lambda text: None)
         for name, value in api.environment(home).items():
             patch.setenv(name, value)
-        one = Proxy(claude=request.param)
-        one.api, one.home = api, home
-        version = one.request("GET", "/health").json["claude"]["version"]
-        one.version = tuple(map(int, version.split(".")))
-        yield one
-        one.close()
+        server = RealServer(request.param, api, home)
+        yield server
+        server.close()
         api.close()
 
 
-def sent(real):
-    """The one request that reached the API since the last call."""
-    log, real.api.log[:] = real.api.log[:], []
-    assert len(log) == 1, [entry["wrong"] for entry in log]
-    assert not log[0]["wrong"]
-    assert "TRAP" not in json.dumps(log[0]["body"])
-    return log[0]["body"]
+@pytest.fixture
+def real_with_spares(real):
+    """The same with two spares, which share the first one's directory.
+
+    The directory's name stands in the requests.
+    """
+    server = RealServer(real.claude, real.api, real.home, spares=2)
+    server.share_cli_directory(real)
+    yield server
+    server.leave_cli_directory()
+    server.close()
 
 
-def client_turns(body):
-    """The API request's turns without what the CLI adds: reminders and cache marks.
-    Neighbouring texts are joined: old CLIs get some in two pieces (untyped)."""
+def turns_at_api(body):
+    """The turns of an API request, without the CLI's reminders and cache marks.
+
+    Neighbouring texts are joined: older CLIs get some in two pieces.
+    """
     turns = []
     for message in body["messages"]:
+        if message["role"] == "system":
+            continue
         blocks = []
-        for block in [] if message["role"] == "system" else api_blocks(message):
-            block = {k: v for k, v in block.items() if k != "cache_control"}
+        for block in api_blocks(message):
+            block = {
+                key: value for key, value in block.items() if key != "cache_control"
+            }
             text = block.get("text", "")
             if text.startswith("<system-reminder>"):
                 continue
@@ -4447,137 +7401,176 @@ def client_turns(body):
     return turns
 
 
-def dialogue(*texts):
-    return [(assistant if i % 2 else user)(text) for i, text in enumerate(texts)]
+def wanted_turns(messages, **parameters):
+    """The turns that must reach the API for these messages."""
+    turns = parse_chat(messages, **parameters).turns
+    plain = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+    return turns_at_api({"messages": plain})
 
 
-TYPED = ["@/etc/passwd", "/clear", "/compact now", "!ls", "# x", "@trap.txt", "//", "ultrathink"]
+def texts_of(turns):
+    """The text of each turn. Older CLIs put a newline before some."""
+    texts = []
+    for role, blocks in turns:
+        text = "".join(block["text"] for block in blocks)
+        texts.append((role, text.lstrip("\n")))
+    return texts
+
+
+def without_metadata(body):
+    """A body of the API without the part that names the session."""
+    return {**body, "metadata": None}
+
+
+# Texts that mean something where a user types.
+TYPED = [
+    "@/etc/passwd",
+    "/clear",
+    "/compact now",
+    "!ls",
+    "# x",
+    "@trap.txt",
+    "//",
+    "ultrathink",
+]
 CONVERSATIONS = {
     "1 turn": dialogue("Hello!"),
     "2 turns": dialogue("Hello!", "Hi.", "How are you?"),
-    "10 turns": dialogue(*(f"text {i}" for i in range(19))),
-    "60 turns": dialogue(*(f"text {i}" for i in range(119))),
+    "10 turns": dialogue(*(f"text {number}" for number in range(19))),
+    "60 turns": dialogue(*(f"text {number}" for number in range(119))),
     "parts": [
         user(text_blocks("a", "b")),
         assistant(text_blocks("c", "d")),
         user(text_blocks("e", "f")),
     ],
-    "system in the middle": [system("s"), *dialogue("a", "b"), system("be brief"), user("c")],
-    "long system": [system("s" * 300000), user("Hello!")],
-    "long text": dialogue("u" * 1000000, "ok", "v" * 1000000),
+    "system in the middle": [
+        system("s"),
+        *dialogue("a", "b"),
+        system("be brief"),
+        user("c"),
+    ],
+    "long system": [system("s" * 300_000), user("Hello!")],
+    "long text": dialogue("u" * 1_000_000, "ok", "v" * 1_000_000),
     "unicode": dialogue("emoji 😀 é \x00 \u2028 \r\n end ", " ja\t", " 日本語\n"),
     "lone surrogate": dialogue("a\ud800b"),
-    "typed, earlier": dialogue(*(t for text in TYPED for t in (text, "ok")), "end"),
-    **{f"typed, last: {text}": dialogue("first", "ok", text) for text in TYPED},
+    "typed, earlier": [
+        *(message for text in TYPED for message in dialogue(text, "ok")),
+        user("end"),
+    ],
     "begins with an assistant": [assistant("Hi."), user("Hello!")],
 }
+for typed_text in TYPED:
+    CONVERSATIONS[f"typed, last: {typed_text}"] = dialogue("first", "ok", typed_text)
 
 
 @pytest.mark.parametrize("name", list(CONVERSATIONS))
-def test_conversations_reach_the_api(real, name):
+def test_real_conversation_reaches_the_api(real, name):
     messages = CONVERSATIONS[name]
-    reply = real.chat(messages)
-    assert reply.status == 200, reply.text
-    assert reply.content == "tok0 tok1 tok2 tok3 tok4 "
-    body = sent(real)
+    response = real.chat(messages)
+    assert response.status == 200, response.text
+    assert response.content == "tok0 tok1 tok2 tok3 tok4 "
+    body = real.api_request()
     raw = json.dumps({"model": "opus", "messages": messages}).encode()
-    ask = proxy.parse_chat(proxy.parse_json(raw), {})
-    wanted = []
-    for turn in ask.turns:
-        texts = "".join(block["text"] for block in turn["content"])
-        wanted.append((turn["role"], texts))
-    got = [(role, "".join(b["text"] for b in blocks)) for role, blocks in client_turns(body)]
-    assert [(r, t.lstrip("\n")) for r, t in got] == [(r, t.lstrip("\n")) for r, t in wanted]
-    prompt = [block["text"] for block in body["system"]][-1]
-    assert not ask.setup.system or prompt == ask.setup.system
+    parsed = parse_chat_body(proxy.parse_body(raw))
+    wanted = [(turn["role"], turn["content"]) for turn in parsed.turns]
+    assert texts_of(turns_at_api(body)) == texts_of(wanted)
+    if parsed.system:
+        assert body["system"][-1]["text"] == parsed.system
 
 
-def test_a_small_request_is_small(real):
+def test_real_request_is_small(real):
     real.chat("Hello!")
-    assert len(json.dumps(sent(real))) < 3000
+    assert len(json.dumps(real.api_request())) < 3000
 
 
-def test_cache_marks_have_one_lifetime(real):
+def test_real_cache_marks_have_one_lifetime(real):
     real.chat([system("s"), *dialogue("a", "b", "c")])
-    marks = re.findall(r'"cache_control": ({[^}]*})', json.dumps(sent(real)))
-    assert 2 < len(marks) <= 4 and set(marks) == {'{"type": "ephemeral", "ttl": "1h"}'}
+    body = json.dumps(real.api_request())
+    marks = re.findall(r'"cache_control": ({[^}]*})', body)
+    assert 2 < len(marks) <= 4
+    assert set(marks) == {'{"type": "ephemeral", "ttl": "1h"}'}
 
 
-def test_real_streams_and_failures(real):
-    reply = real.chat("mock:tokens=3", stream=True, stream_options={"include_usage": True})
-    assert reply.content == "tok0 tok1 tok2 " and reply.done
-    assert reply.chunks[-1]["usage"]["completion_tokens"] == 3
-    sent(real)
-    for status, ours in ((400, 400), (401, 401), (404, 404), (429, 429)):
-        assert real.chat(f"mock:status={status}", stream=True).status == ours
-    del real.api.log[:]
+def test_real_stream(real):
+    response = real.chat(
+        "mock:tokens=3", stream=True, stream_options={"include_usage": True}
+    )
+    assert response.content == "tok0 tok1 tok2 "
+    assert response.done
+    assert response.chunks[-1]["usage"]["completion_tokens"] == 3
+    real.api_request()
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 429])
+def test_real_failure(real, status):
+    response = real.chat(f"mock:status={status}", stream=True)
+    assert response.status == status
+    real.forget_requests()
 
 
 @pytest.mark.parametrize(
-    "reason, finish", [("max_tokens", "length"), ("refusal", "content_filter")]
+    "stop_reason, finish_reason",
+    [("max_tokens", "length"), ("refusal", "content_filter")],
 )
-def test_real_answers_end_with_the_first_message(real, reason, finish):
-    reply = real.chat(f"mock:stop={reason}", max_tokens=4000)
-    assert reply.finish == finish and reply.content == "tok0 tok1 tok2 tok3 tok4 "
-    until(real.quiet)
-    assert sent(real)["max_tokens"] == 4000
+def test_real_answer_ends_with_the_first_message(real, stop_reason, finish_reason):
+    response = real.chat(f"mock:stop={stop_reason}", max_tokens=4000)
+    assert response.finish_reason == finish_reason
+    assert response.content == "tok0 tok1 tok2 tok3 tok4 "
+    wait_until(real.is_idle)
+    assert real.api_request()["max_tokens"] == 4000
 
 
-def test_a_real_broken_stream_is_completed(real):
-    reply = real.chat("mock:tokens=6 mock:cut=3", stream=True)
-    assert reply.content == "tok0 tok1 tok2 tok3 tok4 tok5 " and reply.done
-    del real.api.log[:]
+def test_real_restart_completes_the_answer(real):
+    response = real.chat("mock:tokens=6 mock:cut=3", stream=True)
+    assert response.content == "tok0 tok1 tok2 tok3 tok4 tok5 "
+    assert response.done
+    real.forget_requests()
 
 
-def test_nothing_is_left_in_the_users_home(real):
+def test_real_home_holds_nothing_afterwards(real):
     real.chat("mock:stop=max_tokens")
     real.chat("Hello!")
-    del real.api.log[:]
-    until(real.quiet)
-    left = [p for p in glob.glob(f"{real.home}/.claude/sessions/*")]
-    assert not left and not glob.glob(f"{real.home}/.claude/projects/*")
+    real.forget_requests()
+    wait_until(real.is_idle)
+    assert not glob.glob(f"{real.home}/.claude/sessions/*")
+    assert not glob.glob(f"{real.home}/.claude/projects/*")
 
 
-def wanted_turns(messages, **parameters):
-    """The turns that must reach the API, as client_turns() tells them."""
-    turns = []
-    for turn in ask_of(messages, **parameters).turns:
-        turns.append({"role": turn["role"], "content": turn["content"]})
-    return client_turns({"messages": turns})
-
-
-def run_tool_loop(real, rounds, **parameters):
-    """A tool loop with parallel calls; every request must reach the API once."""
+def run_tool_loop(server, rounds, **parameters):
+    """A tool loop with parallel calls; each request must reach the API as it was."""
     tools = [tool(), tool("Bash"), tool("odd.name")]
-    names = {"get_weather", "Bash", proxy.api_name("odd.name")}
-    again = "mock:tool=get_weather,Bash mock:tokens=1"
-    history = [system("s"), user(again + " mock:think=1")]
+    names = ["Bash", "get_weather", proxy.api_name("odd.name")]
+    words = "mock:tool=get_weather,Bash mock:tokens=1"
+    question = user(words + " mock:think=1")
+    history = [system("s"), question]
     for number in range(rounds):
-        reply = real.chat(history, tools=tools, stream=bool(number % 2), **parameters)
-        assert reply.finish == "tool_calls", reply.text
-        body = sent(real)
-        assert [t["name"] for t in body["tools"]] == sorted(names, key=str.lower)
-        told = [(role, [b for b in blocks if b["type"] != "thinking"])
-                for role, blocks in client_turns(body)]  # fmt: skip
-        assert told == wanted_turns(history, tools=tools)
-        history.append(reply.message)
-        for i, asked in enumerate(reply.message["tool_calls"]):
-            history.append(tool_result(again if i else text_blocks("a", "b"), asked["id"]))
-        history.append(user(again + " mock:think=1"))
-    return history
+        stream = bool(number % 2)
+        response = server.chat(history, tools=tools, stream=stream, **parameters)
+        assert response.finish_reason == "tool_calls", response.text
+        body = server.api_request()
+        assert [one["name"] for one in body["tools"]] == names
+        turns = []
+        for role, blocks in turns_at_api(body):
+            turns.append((role, [b for b in blocks if b["type"] != "thinking"]))
+        assert turns == wanted_turns(history, tools=tools)
+        first, second = response.tool_calls
+        history += [
+            response.message,
+            tool_message(text_blocks("a", "b"), first["id"]),
+            tool_message(words, second["id"]),
+            question,
+        ]
 
 
-def test_a_real_tool_loop(real):
+def test_real_tool_loop(real):
     run_tool_loop(real, 3)
 
 
-def test_a_real_tool_loop_with_spares_and_signed_thinking(real, make):
-    one = make(claude=real.server.settings.claude, spares=2)
-    one.api, one.home = real.api, real.home
-    run_tool_loop(one, 4, model="claude-haiku-4-5")
+def test_real_tool_loop_with_spares_and_signed_thinking(real_with_spares):
+    run_tool_loop(real_with_spares, 4, model="claude-haiku-4-5")
 
 
-REAL_OPTIONS = {
+OPTIONS = {
     "plain": {},
     "max_tokens": {"max_tokens": 5000},
     "effort": {"reasoning_effort": "high"},
@@ -4587,58 +7580,75 @@ REAL_OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("model", ["opus", "claude-haiku-4-5"])
-@pytest.mark.parametrize("name", list(REAL_OPTIONS))
-def test_a_real_spare_asks_as_a_cold_process_does(real, make, name, model):
-    """Blank, then initialized, then primed while the answer before came, with late
-    model and options: the bodies of cold processes."""
-    one = settling(make(claude=real.server.settings.claude, spares=2))
-    one.keeper.home = real.server.backend.keeper.directory()  # its name stands in the bodies
+def bodies_of_a_conversation(server, model, plain, parameters):
+    """What reaches the API of single requests, and of a conversation's third turn.
+
+    A server with spares uses a blank one, an initialized one and a primed one.
+    """
+    bodies = []
+
+    def ask(messages, options):
+        server.settle()
+        response = server.chat(messages, model=model, **options)
+        assert response.status == 200, response.text
+        bodies.append(without_metadata(server.api_request()))
+        return response.message
+
     first = [system("s"), user("/how are you doing today? mock:tokens=2")]
+    for options in (plain, plain, parameters, parameters):
+        ask(first, options)
+    history = [*first, assistant("tok0 tok1 "), user("go on")]
+    answer = ask(history, plain)
+    ask([*history, answer, user("on")], parameters)
+    return bodies
+
+
+@pytest.mark.parametrize("model", ["opus", "claude-haiku-4-5"])
+@pytest.mark.parametrize("name", list(OPTIONS))
+def test_real_spare_asks_as_a_new_process_does(real, real_with_spares, name, model):
     plain = {"tools": [tool()]} if "tool" in name else {}
-    cold, warm = [], []
-    proxy.announce(one.server)
-    bodies = {id(real): cold, id(one): warm}
-    for server in (real, one):
-        for parameters in (plain, REAL_OPTIONS[name]):
-            for _ in range(2):
-                (server is one) and one.settle()
-                reply = server.chat(first, model=model, **parameters)
-                assert reply.status == 200, reply.text
-                bodies[id(server)].append({**sent(real), "metadata": None})
-        history = [*first, assistant("tok0 tok1 "), user("go on")]
-        history += [server.chat(history, model=model, **plain).message, user("on")]
-        sent(real)
-        (server is one) and one.settle()
-        assert server.chat(history, model=model, **REAL_OPTIONS[name]).status == 200
-        bodies[id(server)].append({**sent(real), "metadata": None})
-    one.keeper.home = ""  # the other one's to remove
-    assert cold == warm
+    expected = bodies_of_a_conversation(real, model, plain, OPTIONS[name])
+    real_with_spares.announce()
+    bodies = bodies_of_a_conversation(real_with_spares, model, plain, OPTIONS[name])
+    assert bodies == expected
 
 
 def test_real_both_endpoints_ask_the_same(real):
-    """Byte for byte, at the API."""
-    assert real.chat(CHAT, tools=[tool(description=None, parameters=CITY)]).status == 200
-    ours = {**sent(real), "metadata": None}
-    items = [dict(i, id="rs_0") if i.get("id") == "msg_2" else i for i in INPUT]
-    items.insert(-1, assistant("d"))
-    assert real.respond(items, tools=[function()]).status == 200
-    assert json.dumps({**sent(real), "metadata": None}) == json.dumps(ours)
+    tools = [tool(description=None)]
+    assert real.chat(CHAT_MESSAGES, tools=tools).status == 200
+    expected = without_metadata(real.api_request())
+    items = list(INPUT_ITEMS)
+    items[-2] = assistant("d")  # the answer itself instead of a reference to it
+    assert real.respond(items, tools=[function_tool()]).status == 200
+    body = without_metadata(real.api_request())
+    assert json.dumps(body) == json.dumps(expected)
 
 
 def test_real_tools_are_all_there(real):
-    names = ["Read", "Task", "Agent", "ToolSearch", "StructuredOutput", "Skill", "a" * 128]
-    tools = [tool(name, "x" * 5000) for name in names] + [tool(f"t{i}") for i in range(121)]
+    names = [
+        "Read",
+        "Task",
+        "Agent",
+        "ToolSearch",
+        "StructuredOutput",
+        "Skill",
+        "a" * 128,
+    ]
+    tools = [tool(name, "x" * 5000) for name in names]
+    tools += [tool(f"t{number}") for number in range(121)]
     tools[0]["function"]["parameters"] = {"anyOf": [{"properties": {"q": True}}]}
     tools[1]["function"]["parameters"] = {"properties": {"q": True}}
-    reply = real.chat("Hello!", tools=tools)
-    assert reply.status == 200, reply.text
-    body = sent(real)
-    texts = {t["name"]: json.dumps(t) for t in body["tools"]}
-    assert set(texts) == {proxy.api_name(t["function"]["name"]) for t in tools}
-    assert all("x" * 5000 in texts[proxy.api_name(name)] for name in names)
-    texts = [b["text"] for b in api_blocks(body["messages"][0]) if b["type"] == "text"]
-    assert not any("Attribution" in text or "agent types" in text for text in texts)
+    response = real.chat("Hello!", tools=tools)
+    assert response.status == 200, response.text
+    body = real.api_request()
+    descriptions = {one["name"]: json.dumps(one) for one in body["tools"]}
+    wanted = {proxy.api_name(one["function"]["name"]) for one in tools}
+    assert set(descriptions) == wanted
+    for name in names:
+        assert "x" * 5000 in descriptions[proxy.api_name(name)]
+    for block in api_blocks(body["messages"][0]):
+        assert "Attribution" not in block.get("text", "")
+        assert "agent types" not in block.get("text", "")
 
 
 ODD_SCHEMAS = [
@@ -4651,119 +7661,170 @@ ODD_SCHEMAS = [
     {"properties": {}, "additionalProperties": "false"},
     {"properties": {"a": {"$id": "#x"}}, "$id": "#x"},
     {"oneOf": [{"properties": {"a": {"const": c}}} for c in "xy"]},
-    {"anyOf": [{"$ref": "#/$defs/x"}, {"not": {}}], "$defs": {"x": {"required": ["a b"]}}},
+    {
+        "anyOf": [{"$ref": "#/$defs/x"}, {"not": {}}],
+        "$defs": {"x": {"required": ["a b"]}},
+    },
 ]
 
 
 @pytest.mark.parametrize("structured", [False, True])
 def test_real_odd_schemas_are_all_there(real, structured):
-    tools = [tool(f"t{i}", parameters=schema) for i, schema in enumerate(ODD_SCHEMAS)]
-    more = {"response_format": json_schema(ODD_SCHEMAS[0])} if structured else {}
-    reply = real.chat("x", tools=tools, **more)
-    assert reply.status == 200, reply.text
-    until(real.quiet)
-    assert len(sent(real)["tools"]) == len(tools) + structured
+    tools = []
+    for number, schema in enumerate(ODD_SCHEMAS):
+        tools.append(tool(f"t{number}", parameters=schema))
+    parameters = {}
+    if structured:
+        parameters["response_format"] = json_schema_format(ODD_SCHEMAS[0])
+    response = real.chat("x", tools=tools, **parameters)
+    assert response.status == 200, response.text
+    wait_until(real.is_idle)
+    assert len(real.api_request()["tools"]) == len(tools) + structured
 
 
-def test_a_real_wrapped_input_there_and_back(real):
-    tools = [tool("look", parameters=ODD)]
+def test_real_wrapped_input_there_and_back(real):
+    tools = [tool("look", parameters=ODD_SCHEMA)]
     history = [user('mock:tool=look mock:notext mock:input={"input":{"$filter":1}}')]
-    asked = real.chat(history, tools=tools, stream=True).message
-    assert json.loads(asked["tool_calls"][0]["function"]["arguments"]) == {"$filter": 1}
-    sent(real)
-    history += [asked, tool_result(id=asked["tool_calls"][0]["id"])]
+    response = real.chat(history, tools=tools, stream=True)
+    (call,) = response.tool_calls
+    assert json.loads(call["function"]["arguments"]) == {"$filter": 1}
+    real.api_request()
+    history += [response.message, tool_message(call_id=call["id"])]
     assert real.chat(history, tools=tools).status == 200
-    use = client_turns(sent(real))[1][1][0]
-    assert (use["type"], use["input"]) == ("tool_use", {"input": {"$filter": 1}})
+    _, blocks = turns_at_api(real.api_request())[1]
+    assert blocks[0]["type"] == "tool_use"
+    assert blocks[0]["input"] == {"input": {"$filter": 1}}
 
 
-def test_a_real_tool_that_is_dropped_is_a_400(real, monkeypatch):
+def test_real_tool_that_the_cli_drops_is_a_400(real, monkeypatch):
     monkeypatch.setattr(proxy, "API_PROPERTY", re.compile(".*"))
     odd = tool("odd", parameters={"properties": {"$filter": {}}})
-    reply = real.chat("x", tools=[tool(), odd])
-    if real.version >= (2, 1, 330):
-        assert reply.status == 400 and "'odd'" in reply.error["message"]
+    response = real.chat("x", tools=[tool(), odd])
+    if real.version() >= (2, 1, 330):
+        assert response.status == 400
+        assert "'odd'" in response.error["message"]
     else:  # it drops none
-        assert reply.status == 200
-    until(real.quiet)
-    del real.api.log[:]
+        assert response.status == 200
+    wait_until(real.is_idle)
+    real.forget_requests()
 
 
-def test_a_real_conversation_with_one_id_for_all_calls(real):
-    step = [calling(call(id="call_0")), tool_result(id="call_0")]
+def test_real_conversation_with_one_id_for_all_calls(real):
+    step = [assistant_calls(tool_call(call_id="c")), tool_message(call_id="c")]
     history = [user("x"), *step, *step, *step]
     assert real.chat(history, tools=[tool()]).status == 200
-    assert client_turns(sent(real)) == wanted_turns(history, tools=[tool()])
+    turns = turns_at_api(real.api_request())
+    assert turns == wanted_turns(history, tools=[tool()])
 
 
-def test_a_real_picture_keeps_the_cache_mark(real):
-    shown = [*text_blocks("look"), image(data_url("image/png"))]
-    assert real.chat([user(shown)]).status == 200
-    blocks = api_blocks(client_user(sent(real)))
-    assert [b for b in blocks if b.get("text") == "look"][0]["cache_control"]
+def test_real_cache_mark_stays_beside_an_image(real):
+    parts = [*text_blocks("look"), image_part(data_url("image/png"))]
+    assert real.chat([user(parts)]).status == 200
+    messages = real.api_request()["messages"]
+    last_user = [message for message in messages if message["role"] == "user"][-1]
+    (text,) = [b for b in api_blocks(last_user) if b.get("text") == "look"]
+    assert text["cache_control"]
 
 
-def client_user(body):
-    return [message for message in body["messages"] if message["role"] == "user"][-1]
-
-
-def test_a_real_budget_loop_with_a_text_behind_the_result(real):
-    loop = [user("x"), calling(call()), tool_result(), user("and?")]
+def test_real_budget_model_with_a_text_behind_the_result(real):
+    loop = [*tool_loop(), user("and?")]
     for history in (loop, [*loop, assistant("a"), user("b")]):
-        reply = real.chat(history, model="claude-haiku-4-5", tools=[tool()])
-        assert reply.status == 200, reply.text
-        sent(real)
+        response = real.chat(history, model="claude-haiku-4-5", tools=[tool()])
+        assert response.status == 200, response.text
+        real.api_request()
 
 
-def test_real_tool_choice(real):
-    one = {"type": "function", "function": {"name": "get_weather"}}
-    for choice in ("none", "required", one):
-        more = {"tools": [tool()], "tool_choice": choice, "parallel_tool_calls": False}
-        real.chat("mock:tool=get_weather", **more)
-        assert sent(real)["tool_choice"] == json.loads(ask_of(**more).options.tool_choice)
+@pytest.mark.parametrize(
+    "choice",
+    ["none", "required", {"type": "function", "function": {"name": "get_weather"}}],
+    ids=["none", "required", "function"],
+)
+def test_real_tool_choice(real, choice):
+    parameters = {
+        "tools": [tool()],
+        "tool_choice": choice,
+        "parallel_tool_calls": False,
+    }
+    real.chat("mock:tool=get_weather", **parameters)
+    wanted = parse_chat(**parameters).tool_choice
+    assert real.api_request()["tool_choice"] == wanted
 
 
 def test_real_structured_output(real):
-    reply = real.chat('mock:input={"a":1}', response_format=json_schema(), stream=True)
-    assert reply.content == '{"a":1}' and reply.finish == "stop"
-    until(real.quiet)
-    assert sent(real)["tools"][0]["input_schema"] == SCHEMA
-    odd = {"$schema": "https://json-schema.org/draft/2020-12/schema", "x-foo": 1}
-    odd["properties"] = {"a": {"type": "integer", "example": 5, "exclusiveMinimum": True}}
-    assert real.chat('mock:input={"a":1}', response_format=json_schema(odd)).content == '{"a":1}'
-    until(real.quiet)
-    sent(real)
-    reply = real.chat('mock:input={"b":2}', response_format={"type": "json_object"})
-    assert reply.content == '{"b":2}'
-    until(real.quiet)
-    sent(real)
-    both = {"tools": [tool()], "response_format": json_schema()}
-    assert real.chat("mock:tool=get_weather mock:notext", **both).finish == "tool_calls"
-    until(real.quiet)
-    any_one = {"type": "any", "disable_parallel_tool_use": True}
-    assert sent(real)["tool_choice"] == any_one
+    response_format = json_schema_format()
+    words = 'mock:input={"a":1}'
+    response = real.chat(words, response_format=response_format, stream=True)
+    assert response.content == '{"a":1}'
+    assert response.finish_reason == "stop"
+    wait_until(real.is_idle)
+    assert real.api_request()["tools"][0]["input_schema"] == INTEGER_SCHEMA
+
+
+def test_real_structured_output_with_an_odd_schema(real):
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "x-foo": 1,
+        "properties": {
+            "a": {"type": "integer", "example": 5, "exclusiveMinimum": True}
+        },
+    }
+    response_format = json_schema_format(schema)
+    response = real.chat('mock:input={"a":1}', response_format=response_format)
+    assert response.content == '{"a":1}'
+    wait_until(real.is_idle)
+    real.api_request()
+
+
+def test_real_structured_output_of_any_object(real):
+    response_format = {"type": "json_object"}
+    response = real.chat('mock:input={"b":2}', response_format=response_format)
+    assert response.content == '{"b":2}'
+    wait_until(real.is_idle)
+    real.api_request()
+
+
+def test_real_structured_output_with_tools(real):
+    both = {"tools": [tool()], "response_format": json_schema_format()}
+    response = real.chat("mock:tool=get_weather mock:notext", **both)
+    assert response.finish_reason == "tool_calls"
+    wait_until(real.is_idle)
+    wanted = {"type": "any", "disable_parallel_tool_use": True}
+    assert real.api_request()["tool_choice"] == wanted
 
 
 def test_real_media(real):
-    table = file(data_url("text/csv", "YSxi"), filename="a.csv")
-    parts = [image("https://example.com/x.png"), table, *text_blocks("look")]
-    real.chat([user(parts), assistant("ok"), user(parts)])
-    assert client_turns(sent(real)) == wanted_turns([user(parts), assistant("ok"), user(parts)])
+    table = file_part(data_url("text/csv", "YSxi"), filename="a.csv")
+    parts = [image_part("https://example.com/x.png"), table, *text_blocks("look")]
+    messages = [user(parts), assistant("ok"), user(parts)]
+    real.chat(messages)
+    assert turns_at_api(real.api_request()) == wanted_turns(messages)
 
 
 @pytest.mark.parametrize("model", ["claude-haiku-4-5", "sonnet"])
 def test_real_thinking(real, model):
-    reply = real.chat("mock:think=2 mock:tokens=1", model=model)
-    assert reply.message["reasoning_content"] == "thought0 thought1 "
-    assert sent(real)["thinking"]["type"] in ("enabled", "adaptive")
-    for parameters in ({"max_tokens": 10}, {"max_tokens": 1500}, {"reasoning_effort": "none"}):
-        assert real.chat("x", model=model, **parameters).status == 200
-        assert (sent(real).get("thinking") or {"type": "disabled"})["type"] == "disabled"
-    loop = [user("x"), calling(call()), tool_result("x")]
-    assert real.chat(loop, model=model, tools=[tool()]).status == 200
-    sent(real)
+    response = real.chat("mock:think=2 mock:tokens=1", model=model)
+    assert response.message["reasoning_content"] == "thought0 thought1 "
+    assert real.api_request()["thinking"]["type"] in ("enabled", "adaptive")
 
 
-def test_real_stop_and_n(real):
-    assert real.chat("mock:tokens=9", stop="k2", n=2).content == "tok0 tok1 to"
-    del real.api.log[:]
+@pytest.mark.parametrize(
+    "parameters",
+    [{"max_tokens": 10}, {"max_tokens": 1500}, {"reasoning_effort": "none"}],
+)
+@pytest.mark.parametrize("model", ["claude-haiku-4-5", "sonnet"])
+def test_real_thinking_off(real, model, parameters):
+    assert real.chat("x", model=model, **parameters).status == 200
+    thinking = real.api_request().get("thinking") or {"type": "disabled"}
+    assert thinking["type"] == "disabled"
+
+
+@pytest.mark.parametrize("model", ["claude-haiku-4-5", "sonnet"])
+def test_real_thinking_unknown_in_a_tool_loop(real, model):
+    assert real.chat(tool_loop(), model=model, tools=[tool()]).status == 200
+    real.api_request()
+
+
+def test_real_stop_string_and_n(real):
+    response = real.chat("mock:tokens=9", stop="k2", n=2)
+    assert response.content == "tok0 tok1 to"
+    real.forget_requests()
