@@ -581,11 +581,27 @@ def finite_number(digits: str) -> float:
     return value
 
 
+def finite_integer(digits: str) -> int:
+    """Raises ValueError for an integer that is too large for a float: the CLI, which is
+    written in JavaScript, would make Infinity of it."""
+    value = int(digits)
+    try:
+        float(value)
+    except OverflowError:
+        raise ValueError(digits) from None
+    return value
+
+
 def load_json(text: str) -> Any:
     """JSON without NaN, infinities, and numbers too large for a float, which Python
     takes but RFC 8259 does not. Lone surrogates become U+FFFD, because the API rejects
     them. Raises ValueError, and RecursionError if it is nested too deeply."""
-    value = json.loads(text, parse_constant=finite_number, parse_float=finite_number)
+    value = json.loads(
+        text,
+        parse_constant=finite_number,
+        parse_float=finite_number,
+        parse_int=finite_integer,
+    )
     if re.search(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]", text):
         return without_lone_surrogates(value)
     return value
@@ -795,7 +811,7 @@ def positive_number(value: JsonValue) -> Any:
 
 
 def non_negative_integer(value: JsonValue) -> Any:
-    """5.0 is an integer, too (JSON Schema 2020-12 Core, 4.2.3)."""
+    """5.0 is an integer, too (JSON Schema Validation 2020-12, 6.1.1)."""
     number = number_value(value)
     if number is LEFT_OUT or number < 0 or number % 1 != 0:
         return LEFT_OUT
@@ -2567,7 +2583,7 @@ def query_lines(prompt: Prompt, version: Version) -> list[CliLine]:
     if not options.thinking:
         variables["CLAUDE_CODE_DISABLE_THINKING"] = "1"
     if options.tool_choice:
-        extra_body = '{"tool_choice":%s}' % options.tool_choice
+        extra_body = f'{{"tool_choice":{options.tool_choice}}}'
         variables["CLAUDE_CODE_EXTRA_BODY"] = extra_body
     lines = [query_line(prompt.turns[-1], version)]
     if variables:
@@ -3202,7 +3218,7 @@ def compact_json(value: Any) -> str:
 
 def truncated_text(text: str) -> str:
     """What has come of the string in '{"input": "…', when the end is missing."""
-    start = re.match(r'\s*\{\s*"%s"\s*:\s*"' % WRAPPER_KEY, text)
+    start = re.match(rf'\s*{{\s*"{WRAPPER_KEY}"\s*:\s*"', text)
     if start is None:
         return text
     rest = text[start.end() :]
