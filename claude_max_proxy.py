@@ -389,8 +389,7 @@ class Settings:
     )
     allow_host: str = option(
         "",
-        "additional names of this server in the Host header, separated by commas; "
-        "requires --api-key",
+        "additional host names of this server, separated by commas; needs --api-key",
     )
     claude: str = option(
         "", "path of the `claude` command, if it is not found automatically"
@@ -412,8 +411,7 @@ class Settings:
     )
     plan_limit: float = option(
         100.0,
-        "refuse requests while this percentage of a window of the plan is used, "
-        "so that no extra usage is billed; 0 never refuses",
+        "refuse requests when this percentage of a plan's window is used; 0: never",
         number_in_range(float, 0, 100),
     )
     verbose: bool = option(
