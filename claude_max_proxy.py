@@ -107,7 +107,8 @@ TERMINATE_SECONDS = 1.0  # from SIGTERM to SIGKILL
 DRAIN_SECONDS = 2.0  # grace period for running answers when the server stops
 SPARE_SECONDS = 600  # an idle process is replaced when it is older than this
 STARTUP_SECONDS = 3  # a CLI older than this has started, even on a slow machine
-SPARE_SILENCE_SECONDS = 5  # a spare that prints nothing for this long is replaced
+NEW_SPARE_SECONDS = 1.0  # a spare younger than this is probably still starting
+SPARE_SILENCE_SECONDS = 10  # a spare that prints nothing for this long is replaced
 IDLE_CONVERSATION_SECONDS = 60  # an idle conversation loses its spare after this
 NO_REQUEST_SECONDS = 3600  # without any request for this long, spares are not renewed
 RESTART_SECONDS = 60  # the longest pause between two starts of a CLI that keeps dying
@@ -414,9 +415,7 @@ class Settings:
         "refuse requests when this percentage of a plan's window is used; 0: never",
         number_in_range(float, 0, 100),
     )
-    verbose: bool = option(
-        False, "also log the kind of each failure of the CLI", yes_or_no
-    )
+    verbose: bool = option(False, "also log how a failed CLI ended", yes_or_no)
 
 
 OPTIONS = {field.name: field for field in dataclasses.fields(Settings)}
@@ -4497,7 +4496,8 @@ class ProcessPool:
     def is_starting(self, now: float) -> bool:
         """Whether a spare is probably still starting, which takes a whole core."""
         with self.lock:
-            return any(spare.born > now - 1 for spare in self.spares.processes)
+            newest = max((spare.born for spare in self.spares.processes), default=0.0)
+        return newest > now - NEW_SPARE_SECONDS
 
     def counts(self) -> tuple[int, int]:
         """The numbers of spares, and of processes that have not been reaped yet."""
