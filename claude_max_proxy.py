@@ -2926,7 +2926,8 @@ class AnswerDecoder:
         """Raises APIError for a failure that the CLI reports, and 502 for a line of a
         known kind in an unknown format."""
         self.events = []
-        handler = LINE_HANDLERS.get(line.get("type", ""))
+        kind = line.get("type")
+        handler = LINE_HANDLERS.get(kind) if type(kind) is str else None
         if handler is not None and self.answer.finish_reason is None:
             try:
                 handler(self, line)
@@ -5427,7 +5428,6 @@ class Service:
         """The response has been sent: prepare for the turn that follows it."""
         if not generation.is_complete() or len(generation.choices) > 1:
             return
-        writer.remember(self.cache)
         try:
             turns = writer.answer_turns(self.cache)
         except APIError:  # the answer has two calls of one id
@@ -6008,6 +6008,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 for batch in batches:
                     for index, event in batch:
                         writer.record(index, event)
+            writer.remember(self.service.cache)  # before the client can refer to it
             self.send_json(200, writer.body(), self.service.plan.headers())
         finally:
             self.service.finish(generation, writer)
@@ -6160,6 +6161,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if time.monotonic() > last_sent + KEEPALIVE_SECONDS:
                     self.send_event(writer.keep_alive())
                     last_sent = time.monotonic()
+            writer.remember(self.service.cache)  # before the client can refer to it
             text = writer.end()
         except APIError as error:
             if not self.status:
