@@ -6,8 +6,8 @@
       -d '{"model":"sonnet","messages":[{"role":"user","content":"Hello!"}]}'
 
 It runs your logged-in Claude Code CLI (`claude -p`), one process for each answer, and
-speaks OpenAI's chat completions and Responses: streamed or not, tools, images,
-structured output. One file, the standard library only.
+offers OpenAI's Chat Completions and Responses APIs: streamed or not, with tools, images
+and structured output. It is one file, and needs only the standard library.
 
 How a request is handled:
 
@@ -27,15 +27,16 @@ How a request is handled:
     client ◄──JSON── Handler.answer_request()     events → chunks, or one body
 
 Threads: the main thread runs Server.run(). It accepts connections and manages the
-processes that are not answering: it starts spare ones, sends them what is known
-already, and reaps those that have ended. Each connection has a thread of its own. A
-further one checks the installation once, at the start.
+processes that are not answering: it starts spare ones, sends them conversations that
+will probably go on, and reaps those that have ended. Each connection has a thread of
+its own. One more thread checks the installation when the server starts.
 
 Security: the server listens on loopback. It checks Host, Origin and Sec-Fetch-Site, so
 that pages of other sites cannot spend your plan. Only a checked model id of a request
-reaches the command line. The CLI runs in an empty private directory, without tools,
-settings, hooks, MCP servers or file mentions. Prompts are never logged. When a client
-disconnects, its CLI is stopped; when the server stops, all are.
+reaches the command line. The CLI runs in an empty private directory, without its own
+tools, and without your settings, hooks and MCP servers; `@file` in a prompt is not
+expanded. Prompts are never logged. When a client disconnects, its CLI is stopped; when
+the server stops, all of them are.
 
 Sections: Limits · Errors · Settings · JSON values · Tool schemas · Request parsing ·
 CLI protocol · Decoding · Writers · Installation · CLI process · Process pool ·
@@ -44,7 +45,7 @@ Generation · HTTP · Main · Page
 MIT license, see LICENSE.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # a SyntaxError here: Python 3.9 or newer is needed
 
 import argparse
 import base64
@@ -84,7 +85,8 @@ from typing import Any, NamedTuple, Union
 
 if sys.version_info < (3, 9):  # noqa: UP036  (an older Python must be told)
     sys.exit(
-        f"claude_max_proxy: Python 3.9 or newer is required; this is {sys.version}"
+        "claude_max_proxy: Python 3.9 or newer is required; "
+        f"this is {sys.version.split()[0]}"
     )
 
 __version__ = "1.1.0"
@@ -92,46 +94,46 @@ __version__ = "1.1.0"
 Json = dict[str, Any]
 
 # ── Limits ───────────────────────────────────────────────────────────────────────
-# The unit of each, and what it limits.
+# Sizes are in bytes, tokens or characters, as their names say; times are in seconds.
 
-MAX_BODY_BYTES = 32 << 20  # of a request; the Messages API refuses larger ones
-MAX_READ_AHEAD_BYTES = 1 << 16  # kept of what a client sends during its answer
+MAX_BODY_BYTES = 32 << 20  # the Messages API refuses larger requests
+MAX_READ_AHEAD_BYTES = 1 << 16  # read from a client while it waits for its answer
 MAX_CLI_LINE_BYTES = 64 << 20  # a longer line from the CLI is an error
-MAX_REMEMBERED_BYTES = 64 << 20  # of past answers, in memory; see AnswerCache
-REQUEST_SECONDS = 30  # for a client to send its headers, and again for its body
+MAX_REMEMBERED_BYTES = 64 << 20  # size of AnswerCache
+REQUEST_SECONDS = 30  # a client has this long for its headers, and again for its body
 IDLE_CONNECTION_SECONDS = 120  # an idle keep-alive connection is closed after this
 WRITE_SECONDS = 60  # timeout of one write to a client
 KEEPALIVE_SECONDS = 10  # a silent stream gets an event that changes nothing this often
 POLL_SECONDS = 0.5  # the longest wait of the main loop and of a waiting request
 TERMINATE_SECONDS = 1.0  # from SIGTERM to SIGKILL
 DRAIN_SECONDS = 2.0  # grace period for running answers when the server stops
-SPARE_SECONDS = 600  # an idle process is replaced when it is older than this
+SPARE_SECONDS = 600  # a spare process is replaced when it is older than this
 STARTUP_SECONDS = 3  # a CLI older than this has started, even on a slow machine
 NEW_SPARE_SECONDS = 1.0  # a spare younger than this is probably still starting
-SPARE_SILENCE_SECONDS = 10  # a spare that prints nothing for this long is replaced
+SPARE_SILENCE_SECONDS = 10  # a spare that prints nothing after it got a query is dead
 IDLE_CONVERSATION_SECONDS = 60  # an idle conversation loses its spare after this
 NO_REQUEST_SECONDS = 3600  # without any request for this long, spares are not renewed
 RESTART_SECONDS = 60  # the longest pause between two starts of a CLI that keeps dying
-PLAN_LIMIT_SECONDS = 60  # a limit that ends later is the plan's, not a short throttle
-RATE_LIMIT_EVENT_SECONDS = 0.1  # how long an ended answer's process is read for it
-LOGIN_CHECK_SECONDS = 5  # between login checks while logged out
-LOGIN_TRUST_SECONDS = 60  # after a 401, report "not logged in" without another check
+PLAN_LIMIT_SECONDS = 60  # a 429 with a longer wait is the plan's limit, not throttling
+RATE_LIMIT_EVENT_SECONDS = 0.1  # how long to wait for this event after an answer
+LOGIN_CHECK_SECONDS = 5  # pause between two checks of the login while logged out
+LOGIN_REFUSED_SECONDS = 60  # after a 401, report "not logged in" without a new check
 MODELS_SECONDS = 10  # how long the banner and --check wait for the CLI's models
-CLI_COMMAND_SECONDS = 20  # for `claude --version` and `claude auth status`
+CLI_COMMAND_SECONDS = 20  # timeout of a short question to the CLI, or to /health
 MAX_WAITING = 500  # requests in the queue; each holds a thread and its body
-MAX_CHOICES = 8  # `n`; each choice needs a CLI process
+MAX_CHOICES = 8  # maximum of `n`; each choice needs a CLI process
 MAX_TOKENS = 10**9  # the CLI lowers it to the model's own maximum
 MIN_THINKING_TOKENS = 2048  # a smaller max_tokens leaves no room for thinking
-MIN_BUDGET_TOKENS = 4096  # the same for models whose thinking has a budget
+MIN_BUDGET_TOKENS = 4096  # the same for models with a thinking budget (BUDGET_MODEL)
 MAX_DESCRIPTION_LENGTH = 2048  # CLIs up to 2.1.197 truncate longer tool descriptions
 MAX_KNOWN_CONVERSATIONS = 2000  # remembered by their hash, to recognize a next turn
-OLDEST_CLI = (2, 1, 112)  # the first with shouldQuery and a late system prompt
-CLI_WITH_TEXT_NOT_TYPED = (2, 1, 330)  # 2.1.197 ignores `text_not_typed`
-CLI_WITH_LATE_MODEL = (2, 1, 329)  # takes another model until the first turn
+OLDEST_CLI = (2, 1, 112)  # the first with shouldQuery and initialize.systemPrompt
+CLI_WITH_TEXT_NOT_TYPED = (2, 1, 330)  # older ones ignore `text_not_typed`
+CLI_WITH_LATE_MODEL = (2, 1, 329)  # the model can be changed after the start
 
 
 # ── Errors ───────────────────────────────────────────────────────────────────────
-# Code at any depth may raise APIError; Handler answers it. To map another failure of
+# Any code may raise APIError; Handler sends it to the client. To map another failure of
 # the CLI, add its status or name to one of the FAILURES tables.
 
 ERROR_TYPES_BY_STATUS = {  # all others are "invalid_request_error"
@@ -150,10 +152,10 @@ ERROR_TYPES_BY_CODE = {  # these take precedence
 
 
 class APIError(Exception):
-    """An error that is answered in OpenAI's shape.
+    """An error that the client gets, in the form of OpenAI's errors.
 
     `param` is the path of the parameter at fault. `headers` are added to the HTTP
-    response. `resets_at` (epoch seconds) is set where the plan's limit is used up.
+    response. `resets_at` (epoch seconds) is set if a limit of the plan is used up.
     """
 
     def __init__(
@@ -196,11 +198,11 @@ class APIError(Exception):
 
 
 class DisconnectedError(Exception):
-    """The client closed the connection. Nobody is left to answer."""
+    """The client has closed the connection."""
 
 
 class Failure(NamedTuple):
-    """What a failure of the CLI or the Messages API is answered with."""
+    """The HTTP status and the error code for a failure of the CLI or the API."""
 
     status: int
     code: str | None
@@ -252,10 +254,11 @@ MODEL_REMEDY = (
 def upstream_error(
     reason: Any, api_status: Any, category: Any, text: str, wait: float, now: float
 ) -> APIError:
-    """The APIError for a failure that the CLI reports.
+    """Make the APIError for a failure that the CLI reports.
 
-    `reason`, `api_status` and `category` are keys of the FAILURES tables, in their
-    order of precedence; `text` is the CLI's own message. `wait` is the number of
+    `reason`, `api_status` and `category` are keys of the FAILURES tables, in this order
+    of precedence, except that a failed authentication comes first. `text` is the CLI's
+    own message. `wait` is the number of
     seconds until a limit ends (0 if it is not known), `now` is the time in epoch
     seconds.
     """
@@ -284,15 +287,19 @@ def upstream_error(
 
 
 def login_message(api_status: Any, text: str) -> str:
-    """The message for a login that was refused. A 403 has a reason of its own, such as
-    a disabled organization or a missing scope, which the CLI's text repeats."""
+    """The message for a refused login. A 403 has its own reasons, such as a disabled
+    organization or a missing scope. The CLI's text names them."""
     if api_status == 403:
-        return f"The Claude API refused this login: {text} {LOGIN_REMEDY}"
+        return (
+            f"The Claude API refused this login: {text} "
+            "If it is not the login you want, run `claude auth login`."
+        )
     return LOGIN_REMEDY
 
 
 def unexpected_line_error() -> APIError:
-    return APIError(502, "The Claude CLI printed a line in an unknown format.")
+    message = "Claude Code printed a line in a format that this server does not know."
+    return APIError(502, message, "unexpected_line")
 
 
 # Exceptions raised by code that reads a CLI line of unexpected shape.
@@ -307,7 +314,8 @@ MALFORMED_LINE_ERRORS = (
 
 
 def ascii_only(text: str) -> str:
-    """Replace all but printable ASCII, so that `text` stays one field of a log line."""
+    """Replace spaces and all but printable ASCII by "?", so that `text` stays one field
+    of a log line."""
     return re.sub(r"[^!-~]", "?", text)
 
 
@@ -319,8 +327,9 @@ def log(text: str) -> None:
 
 
 def print_to_stderr(text: str) -> None:
-    """Print what may be lost: stderr may be closed, or on a full disk. Python would end
-    with another exit code if it could not flush stderr at the end."""
+    """Print to stderr, or give up on it: it may be closed, or on a full disk. A stderr
+    that fails is replaced by /dev/null, because Python would fail to flush it at the
+    end, and exit with 120."""
     try:
         print(text, file=sys.stderr, flush=True)
     except (OSError, ValueError):
@@ -328,7 +337,8 @@ def print_to_stderr(text: str) -> None:
 
 
 def log_exception(error: BaseException) -> None:
-    """Log the kind of a bug and its place. Its message may hold prompt text."""
+    """Log the type and the place of an exception, but not its message, which may hold
+    prompt text."""
     place = "unknown place"
     for frame in traceback.extract_tb(error.__traceback__):
         if frame.filename == __file__:
@@ -351,7 +361,8 @@ def number_in_range(kind: type, minimum: float, maximum: float) -> Callable[[str
             value = kind(text)
             if minimum <= value <= maximum:
                 return value
-        message = f"must be a number from {minimum:g} to {maximum:g}, not '{text}'"
+        number = "an integer" if kind is int else "a number"
+        message = f"must be {number} from {minimum:g} to {maximum:.10g}, not '{text}'"
         raise argparse.ArgumentTypeError(message)
 
     return parse
@@ -397,7 +408,7 @@ class Settings:
     )
     max_concurrency: int = option(
         8,
-        "maximum number of answers at once (one CLI process each)",
+        "maximum number of answers generated at once (one CLI process each)",
         number_in_range(int, 1, 1000),
     )
     spares: int = option(
@@ -412,7 +423,7 @@ class Settings:
     )
     plan_limit: float = option(
         100.0,
-        "refuse requests when this percentage of a plan's window is used; 0: never",
+        "refuse requests when this percentage of a plan limit is used; 0: never",
         number_in_range(float, 0, 100),
     )
     verbose: bool = option(False, "also log how a failed CLI ended", yes_or_no)
@@ -513,7 +524,8 @@ def is_loopback(host: str) -> bool:
 
 
 # ── JSON values ──────────────────────────────────────────────────────────────────
-# A request's JSON, read with checks. Pure: no sockets, processes or clock.
+# Parsing JSON, and reading its values with checks. Pure: no sockets, processes or
+# clock.
 
 JSON_TYPE_NAMES = {
     str: "a string",
@@ -534,8 +546,8 @@ class JsonValue:
         self.path = path
 
     def get(self, key: str) -> JsonValue:
-        """A member. It is null if it, or this object, is absent or null.
-        Raises APIError 400 if this value is neither an object nor null."""
+        """The member `key`; null if it is missing, or if this value is null. Raises
+        APIError 400 if this value is neither an object nor null."""
         members = self.optional(dict)
         path = f"{self.path}.{key}" if self.path else key
         if members is None:
@@ -543,7 +555,8 @@ class JsonValue:
         return JsonValue(members.get(key), path)
 
     def items(self) -> Iterator[JsonValue]:
-        """The elements of an array; none if it is null. Raises APIError 400."""
+        """The elements of this array; none if it is null. Raises APIError 400 if it is
+        neither."""
         elements = self.optional(list)
         if elements is not None:
             for i, element in enumerate(elements):
@@ -571,7 +584,8 @@ class JsonValue:
 
 
 def finite_number(digits: str) -> float:
-    """Raises ValueError for NaN, Infinity, and what is too large for a float."""
+    """Parse a number. Raises ValueError for NaN, Infinity, and what overflows a
+    float."""
     value = float(digits)
     if not math.isfinite(value):
         raise ValueError(digits)
@@ -579,8 +593,8 @@ def finite_number(digits: str) -> float:
 
 
 def finite_integer(digits: str) -> int:
-    """Raises ValueError for an integer that is too large for a float: the CLI, which is
-    written in JavaScript, would make Infinity of it."""
+    """Parse an integer. Raises ValueError if it is too large for a float: the CLI,
+    which is written in JavaScript, would turn it into Infinity."""
     value = int(digits)
     try:
         float(value)
@@ -590,9 +604,9 @@ def finite_integer(digits: str) -> int:
 
 
 def load_json(text: str) -> Any:
-    """JSON without NaN, infinities, and numbers too large for a float, which Python
-    takes but RFC 8259 does not. Lone surrogates become U+FFFD, because the API rejects
-    them. Raises ValueError, and RecursionError if it is nested too deeply."""
+    """Parse JSON. Lone surrogates become U+FFFD, because the API rejects them. Raises
+    ValueError, also for NaN, Infinity and numbers too large for a float, which Python's
+    parser accepts; and RecursionError if it is nested too deeply."""
     value = json.loads(
         text,
         parse_constant=finite_number,
@@ -624,7 +638,8 @@ def parse_body(raw: bytes) -> Any:
     try:
         return load_json(raw.decode("utf-8-sig"))
     except ValueError:
-        raise APIError(400, "The request body is not valid JSON in UTF-8.") from None
+        problem = "is not valid JSON in UTF-8." if raw else "is empty."
+        raise APIError(400, f"The request body {problem}") from None
 
 
 def checked_type(holder: JsonValue, known: Iterable[str], default: str = "") -> str:
@@ -633,15 +648,17 @@ def checked_type(holder: JsonValue, known: Iterable[str], default: str = "") -> 
     name: str = default if member.value is None else member.require(str)
     if name not in known:
         choices = ", ".join(known)
+        if not name:
+            raise member.error(f"is missing; use one of: {choices}.")
         raise member.error(
-            f"must be one of {choices}, not '{name[:50]}'.", "unsupported_type"
+            f"is '{name[:50]}'. Supported: {choices}.", "unsupported_type"
         )
     return name
 
 
 # ── Tool schemas ─────────────────────────────────────────────────────────────────
-# A client's tool schema, of any draft of JSON Schema, -> one that the Messages API and
-# every CLI accept. Pure. To support another keyword, add a row to KEYWORDS.
+# Converts a client's tool schema, of any draft of JSON Schema, to one that the Messages
+# API and every CLI accept. Pure. To support another keyword, add a row to KEYWORDS.
 #
 # The API requires JSON Schema 2020-12, and an object at the top level. Claude Code
 # 2.1.332 checks this itself, against the meta-schema of 2020-12, and silently drops a
@@ -654,7 +671,7 @@ WRAPPER_KEY = "input"
 
 # What the API accepts as a name in the top level's `properties`.
 API_PROPERTY = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
-# 2.1.112 takes an object with this name for an instance of a class, not for JSON.
+# 2.1.112 takes `properties` with this name for a class instance, and rejects the tool.
 UNSAFE_PROPERTY = "constructor"
 # Keywords that the API rejects at the top level.
 COMBINATORS = ("anyOf", "oneOf", "allOf")
@@ -680,7 +697,7 @@ def to_tool_schema(schema: JsonValue) -> ToolSchema:
     if schema.optional(dict) is None:
         return ToolSchema({"type": "object"}, False)
     if not allows_object(schema.get("type").value):
-        raise schema.error("must be a schema of type 'object'.", "invalid_schema")
+        raise schema.error("must have the type 'object'.", "invalid_schema")
     converted = to_2020_12(schema)
     converted["type"] = "object"
     converted.pop("$schema", None)
@@ -722,8 +739,8 @@ def wrap_schema(schema: Json) -> Json:
 
 
 def move_references(schema: Json) -> None:
-    """Make every `$ref` point to where its target is after wrapping. This changes
-    `schema`, which must come from to_2020_12()."""
+    """Make every `$ref` in `schema`, which has just been wrapped, point to the new
+    place of its target. Changes `schema`."""
     if "$ref" in schema:
         schema["$ref"] = moved_reference(schema["$ref"])
     for subschema in subschemas(schema):
@@ -740,7 +757,7 @@ def moved_reference(reference: str) -> str:
 
 
 def subschemas(schema: Json) -> Iterator[Json]:
-    """The objects among the schemas directly in a schema that to_2020_12() made."""
+    """The schemas one level below a converted schema, without booleans."""
     for keyword, value in schema.items():
         convert = KEYWORDS.get(keyword)
         members: Iterable[Any] = ()
@@ -816,7 +833,8 @@ def non_negative_integer(value: JsonValue) -> Any:
 
 
 def anchor_value(value: JsonValue) -> Any:
-    """Draft 2019-09 has booleans here: `"$recursiveAnchor": true`."""
+    """A name. A boolean, as in draft 2019-09 (`"$recursiveAnchor": true`), is left
+    out."""
     name = string_value(value)
     if name is LEFT_OUT or not re.fullmatch(r"[A-Za-z_][-A-Za-z0-9._]*", name):
         return LEFT_OUT
@@ -904,7 +922,8 @@ def dependency_value(value: JsonValue) -> Any:
 # All keywords of JSON Schema 2020-12 (https://json-schema.org/draft/2020-12) by
 # vocabulary, each with what its value must be.
 KEYWORDS: dict[str, Converter] = {
-    # Core. Nothing refers to an $id, and draft 7's "#name" (an anchor) is not allowed.
+    # Core. An $id is dropped: 2020-12 does not allow draft 7's "#name" (an anchor). A
+    # $ref to another $id would not work anyway: the API loads no other schema.
     "$id": no_value,
     "$schema": string_value,
     "$ref": string_value,
@@ -977,10 +996,10 @@ KEYWORDS: dict[str, Converter] = {
 
 
 # ── Request parsing ──────────────────────────────────────────────────────────────
-# A request's JSON -> Request. Pure: no sockets, processes or clock. To support a new
-# parameter, add a row to CHAT_PARAMETERS or RESPONSE_PARAMETERS, and read it in
-# parse_chat() or parse_response(). To support a new kind of content, add a row to
-# CONTENT_PARTS.
+# From the JSON of a request to a Request. Without I/O; the only state is AnswerCache,
+# which the parser reads. To support a new parameter, add a row to CHAT_PARAMETERS or
+# RESPONSE_PARAMETERS, and read it in parse_chat() or parse_response(). To support a new
+# kind of content, add a row to CONTENT_PARTS.
 
 
 class Model(NamedTuple):
@@ -1022,9 +1041,9 @@ MODEL_ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:_\[\]-]{0,120}")
 
 
 class ModelCatalog:
-    """The models that clients may ask for: those of the README, then what the CLI
-    offers this login. Until the CLI has been asked, that is its three well-known
-    aliases."""
+    """The models that clients may ask for: this server's own names, then the models
+    that the CLI offers this login. Until the CLI has listed them, its three well-known
+    aliases stand in for them."""
 
     def __init__(self, offered: Iterable[Model] = ()) -> None:
         self.models = list(FAMILY_MODELS)
@@ -1093,8 +1112,8 @@ DEFAULT_VALUES: tuple[Any, ...] = (False, 0, [], ["text"], "none")
 
 
 class Row(NamedTuple):
-    """How a parameter, tool type or item type is treated, why (shown to users), the
-    JSON types that a parameter accepts, and the error code if it is refused."""
+    """How a parameter, tool type or item type is treated, a note on that for the user,
+    the JSON types that a parameter accepts, and the error code if it is refused."""
 
     treatment: str
     reason: str
@@ -1146,7 +1165,7 @@ CHAT_PARAMETERS = {
     "audio": Row(REFUSED, "answers are text", (list, dict)),
     "functions": Row(REFUSED, "use `tools`", (list, str, dict)),
     "function_call": Row(REFUSED, "use `tool_choice`", (list, str, dict)),
-    "web_search_options": Row(REFUSED, "there is no web search here", OBJECT),
+    "web_search_options": Row(REFUSED, "this server has no web search", OBJECT),
 }
 SHARED_PARAMETERS = [
     "model",
@@ -1180,7 +1199,7 @@ RESPONSE_PARAMETERS = {
     "truncation": Row(IGNORED, NO_SUCH_SETTING, STRING),
     "stream_options": Row(IGNORED, "usage is always sent", OBJECT),
     "conversation": Row(REFUSED, "use `previous_response_id`", (str, dict)),
-    "prompt": Row(REFUSED, "there are no stored prompts here", (str, dict)),
+    "prompt": Row(REFUSED, "this server stores no prompts", (str, dict)),
     "background": Row(REFUSED, "responses are answered at once", BOOLEAN),
     **{name: CHAT_PARAMETERS[name] for name in SHARED_PARAMETERS},
 }
@@ -1202,7 +1221,7 @@ ITEM_TYPES = {  # of /v1/responses; all others are left out, as `reasoning` is
     "custom_tool_call_output": Row(HONOURED, "text, images, files"),
     "item_reference": Row(HONOURED, "if the item is from a recent answer"),
     "reasoning": Row(IGNORED, "the server remembers signed thinking itself"),
-    "compaction_trigger": Row(REFUSED, "there is no compaction here"),
+    "compaction_trigger": Row(REFUSED, "this server has no compaction"),
 }
 # Request fields that a response repeats, with their defaults.
 ECHOED_FIELDS: Json = {
@@ -1226,8 +1245,8 @@ ECHOED_FIELDS: Json = {
 
 @dataclasses.dataclass(frozen=True)
 class QueryOptions:
-    """Settings that are sent together with the last turn. `tool_choice` is the Messages
-    API's, as JSON. An empty text or 0 leaves the CLI its default."""
+    """Settings that are sent together with the last turn. `tool_choice` is JSON text of
+    the Messages API. The CLI's default applies where a field is "" or 0."""
 
     effort: str = ""
     thinking: bool = True
@@ -1237,8 +1256,8 @@ class QueryOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What the CLI is sent. `turns` are messages of the Messages API, the last one the
-    user's; `tools` are as MCP lists them."""
+    """What is sent to the CLI. `turns` are messages of the Messages API; the last one
+    is the user's. `tools` have the form of MCP's tools/list."""
 
     model: str
     system: str
@@ -1249,9 +1268,10 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How the CLI's output is read. `tool_names` maps the names of the tools at the API
-    to the client's. The input of `wrapped_tools` is the value of WRAPPER_KEY; that of
-    `text_tools`, which are among them, is a text. `stop` are the stop strings."""
+    """What is needed to read the CLI's output. `tool_names` maps the API's tool names
+    to the client's. The input of a tool in `wrapped_tools` is wrapped in WRAPPER_KEY.
+    The tools in `text_tools`, which are all wrapped, take a plain text. `stop` holds
+    the stop strings."""
 
     tool_names: dict[str, str] = dataclasses.field(default_factory=dict)
     wrapped_tools: frozenset[str] = frozenset()
@@ -1293,9 +1313,9 @@ class Request:
 
 
 class SignedAnswer(NamedTuple):
-    """The blocks of an answer with tool calls. The API wants them back unchanged; their
-    signature is valid only for the model that signed it. `model` is the one that was
-    asked for, by the CLI's name."""
+    """The blocks of an answer with tool calls. The API requires its thinking blocks to
+    be sent back unchanged. Their signature is valid only for the model that made it,
+    `signed_by`. `model` is the CLI's name of the model that was asked for."""
 
     model: str
     signed_by: str
@@ -1303,20 +1323,19 @@ class SignedAnswer(NamedTuple):
 
 
 class StoredResponse(NamedTuple):
-    """What a response added to its conversation: the items of its request and of its
-    answer. `previous_id` is the response before it."""
+    """What a response added to its conversation: the items of the request and of the
+    answer. `previous_id` is the id of the response that it continues."""
 
     previous_id: str | None
     items: list[Json]
 
 
 class AnswerCache:
-    """What later requests need of past answers, in memory, the oldest forgotten first.
+    """Remembers what later requests need of past answers. Only in memory.
 
-    Three tables: the signed answers by the id of each of their calls, the texts of
-    items by the item's id, and responses by their id. Together they hold at most
-    `max_bytes` of JSON. `lock` guards all fields. Nothing is waited for while it is
-    held.
+    There are three tables: signed answers by the id of each of their calls, the texts
+    of items by the item's id, and responses by their id. Together they hold about
+    `max_bytes`; the oldest entries are dropped first. `lock` guards all fields.
     """
 
     def __init__(self, max_bytes: int = MAX_REMEMBERED_BYTES) -> None:
@@ -1382,7 +1401,7 @@ class AnswerCache:
 
 
 class Context(NamedTuple):
-    """What a request may refer to beyond its own body."""
+    """What the parser needs besides the body of the request."""
 
     models: ModelCatalog
     cache: AnswerCache
@@ -1392,7 +1411,7 @@ def parse_chat(raw: Any, context: Context) -> Request:
     """Parse a chat completion request. Raises APIError 400 or 404."""
     body = parse_parameters(raw, CHAT_PARAMETERS, context.models)
     if not body.get("messages").value:
-        raise body.get("messages").error("is missing, or empty.")
+        raise body.get("messages").error("must have at least one message.")
     builder = ConversationBuilder()
     for message in body.get("messages").items():
         builder.add_message(message)
@@ -1463,7 +1482,7 @@ def parse_response(raw: Any, context: Context) -> Request:
 
 
 def parse_parameters(raw: Any, rows: dict[str, Row], models: ModelCatalog) -> JsonValue:
-    """The request's body, with its parameters checked against `rows`, in the order of
+    """Check the types of a request's parameters, in the order of the body, and return
     the body. Unknown parameters are ignored. Raises APIError 400, or 404 for the model.
     """
     if type(raw) is not dict:
@@ -1738,8 +1757,8 @@ def mcp_tool(name: str, description: str, schema: Json) -> Json:
 def add_structured_output(
     tools: ToolSet, schema: ToolSchema, tool_choice: Json
 ) -> Json:
-    """Add the tool for structured output -> the tool_choice that makes the model use
-    it. If the client forces a call of its own tools, nothing is added."""
+    """Add the tool for structured output, and return the tool_choice that makes the
+    model use it. If the client forces a call of one of its tools, nothing is added."""
     if tool_choice.get("type") in ("any", "tool"):
         return tool_choice
     tools.mcp_tools.append(
@@ -1835,7 +1854,7 @@ def parse_tool_choice(body: JsonValue, tools: ToolSet) -> Json:
 
 def parse_tool_choice_mode(parameter: JsonValue, mode: Any, tools: ToolSet) -> Json:
     if mode not in ("none", "auto", "required"):
-        raise parameter.error("must be none, auto, required or a function.")
+        raise parameter.error("must be 'none', 'auto' or 'required'.")
     if mode == "required":
         if not tools.names:
             raise parameter.error("is only allowed with 'tools'.")
@@ -1854,7 +1873,7 @@ def parse_tool_choice_object(parameter: JsonValue, tools: ToolSet) -> Json:
     mode = allowed.get("mode").optional(str)
     names = {chosen_tool(tool, tools) for tool in allowed.get("tools").items()}
     if not names:
-        raise allowed.get("tools").error("must name at least one tool.")
+        raise allowed.get("tools").error("must have at least one tool.")
     tools.keep_only(names)
     return parse_tool_choice_mode(allowed.get("mode"), mode or "auto", tools)
 
@@ -1897,12 +1916,12 @@ class ConversationBuilder:
     """Builds a conversation from a client's messages: `system` texts, and `turns` in
     the Messages API's roles.
 
-    Neighbours of one role are one turn. Blank texts are dropped, because the API
-    refuses them. A call and its result are paired by id, wherever they stand; what
-    stands between them waits behind the result, because the API wants the results of a
-    turn's calls in the very next turn. A call id must be unique in a conversation, or
-    the CLI drops the call: a repeated id is replaced by a new one. (`x-1`, not `x_1`:
-    the CLI treats `x_1` as `x`.)
+    Consecutive messages of one role become one turn. Blank texts are dropped, because
+    the API refuses them. Calls and results are paired by id. The API wants the results
+    of a turn's calls in the very next turn, so messages between a call and its result
+    are moved behind the result. A call id must be unique in a conversation, or the CLI
+    drops the call, so a repeated id is replaced by a new one. (By `x-1`, not `x_1`: the
+    CLI treats `x_1` as `x`.)
     """
 
     def __init__(self) -> None:
@@ -1950,9 +1969,9 @@ class ConversationBuilder:
         return blocks
 
     def add_system(self, blocks: list[Json]) -> None:
-        """Add a system message. At the head its text belongs to the system prompt,
-        which takes no images and files: they go into the user's turn, as later ones
-        do."""
+        """Add a system message. The text of the first ones becomes the system prompt.
+        After other messages it becomes a part of the user's turn, and so do images and
+        files, which a system prompt can't hold."""
         text = "\n".join(block["text"] for block in blocks if block["type"] == "text")
         media = [block for block in blocks if block["type"] != "text"]
         if text and (self.turns or self.waiting):
@@ -1969,7 +1988,7 @@ class ConversationBuilder:
             problem = (
                 f"repeats the id '{client_id[:100]}' of a call that has no result yet."
             )
-            raise function.error(problem)
+            raise call_id.error(problem)
         api_id = api_name(client_id)
         while api_id in self.api_ids:  # some clients number their calls in each answer
             api_id = f"{api_name(client_id)}-{len(self.api_ids)}"
@@ -1986,7 +2005,7 @@ class ConversationBuilder:
         """Add the result of the call with that id."""
         client_id = call_id.require(str)
         if client_id not in self.open_calls:
-            raise call_id.error("does not match a tool call that still needs a result.")
+            raise call_id.error("is not the id of an earlier call without a result.")
         call = self.open_calls.pop(client_id)
         result: Json = {"type": "tool_result", "tool_use_id": call.api_id}
         if len(blocks) == 1 and blocks[0]["type"] == "text":
@@ -2009,7 +2028,7 @@ class ConversationBuilder:
             self.append(role, blocks)
 
     def continues_calling_turn(self, role: str) -> bool:
-        """Whether blocks of this role belong to the turn that holds the open calls."""
+        """Whether blocks of this role can be added to the turn of the open calls."""
         in_last_turn = self.turns[-1] is self.calling_turn
         return role == "assistant" and in_last_turn and not self.waiting
 
@@ -2036,8 +2055,8 @@ class ConversationBuilder:
         """Raises APIError 400 for the first call without a result."""
         for client_id, call in self.open_calls.items():
             message = (
-                f"Tool call '{client_id[:100]}' has no result: a tool message with its "
-                "id must follow."
+                f"The tool call '{client_id[:100]}' has no result. Send the result of "
+                "every call, with the id of the call."
             )
             raise APIError(400, message, None, call.function.path)
 
@@ -2061,7 +2080,7 @@ def add_item(builder: ConversationBuilder, item: JsonValue, cache: AnswerCache) 
     if row is None:
         builder.ignored_kinds.add(item_type)
     elif row.treatment == REFUSED:
-        problem = f"is '{item_type}', which is not supported: {row.reason}."
+        problem = f"'{item_type}' is not supported: {row.reason}."
         raise item.get("type").error(problem, "unsupported_type")
     elif item_type == "message":
         builder.add_message(item)
@@ -2094,8 +2113,8 @@ def add_call_item(
 def add_item_reference(
     builder: ConversationBuilder, item_id: JsonValue, cache: AnswerCache
 ) -> None:
-    """Add the text of an item of a recent answer. Its reasoning is left out: signed
-    thinking comes back by the id of the call."""
+    """Add the text of a message of a recent answer. A reasoning item is left out:
+    signed thinking is found by the id of the call that followed it."""
     name = item_id.require(str)
     if name.startswith("rs_"):
         return
@@ -2110,19 +2129,19 @@ def add_item_reference(
         builder.add_blocks("assistant", [text_block(text)])
 
 
-OPENAI_CIPHER = (
-    "gAAAA"  # how a text that OpenAI encrypted begins (Fernet's version 128)
-)
+# How a text that OpenAI encrypted begins: base64 of Fernet's version byte, 0x80.
+OPENAI_CIPHERTEXT_PREFIX = "gAAAA"
 
 
 def parse_agent_message(item: JsonValue) -> list[Json]:
-    """What one agent of Codex says to another. With Claude as the sender its
-    `encrypted_content` is plain text; what OpenAI encrypted nobody else can read."""
+    """A message from one of Codex's agents to another. If Claude wrote it, its
+    `encrypted_content` is plain text. What OpenAI encrypted is left out, because only
+    OpenAI can read it."""
     blocks = []
     for part in item.get("content").items():
         if part.get("type").value == "encrypted_content":
             text = part.get("encrypted_content").optional(str) or ""
-            if not text.startswith(OPENAI_CIPHER) and text.strip():
+            if not text.startswith(OPENAI_CIPHERTEXT_PREFIX) and text.strip():
                 blocks.append(text_block(text))
         else:
             blocks += parse_part(part, MEDIA_PARTS)
@@ -2130,9 +2149,9 @@ def parse_agent_message(item: JsonValue) -> list[Json]:
 
 
 def parse_arguments(arguments: JsonValue) -> Json:
-    """The `arguments` of a call as the API requires them: an object. Anything else,
-    such as truncated JSON, or NaN, which the CLI does not survive, becomes
-    {"arguments": text}."""
+    """The `arguments` of a call as the API requires them: an object. Any other text
+    becomes {"arguments": text}: truncated JSON, for example, or JSON with NaN, at which
+    the CLI fails."""
     text = arguments.optional(str)
     if not text:
         return {}
@@ -2146,8 +2165,9 @@ def parse_arguments(arguments: JsonValue) -> Json:
 def prepare_history(
     turns: list[Json], wrapped: set[str], model: str, cache: AnswerCache
 ) -> None:
-    """Make the turns what the API saw: calls at the end of their turn, inputs wrapped
-    as the tools' schemas say, and the signed thinking that clients do not send back."""
+    """Turn the client's history into what the API saw. Moves calls to the end of their
+    turn, wraps the inputs of wrapped tools, and restores the signed thinking, which
+    clients do not send back. Changes `turns`."""
     for turn in turns:
         turn["content"].sort(key=lambda block: bool(block["type"] == "tool_use"))
         calls = [block for block in turn["content"] if block["type"] == "tool_use"]
@@ -2181,9 +2201,9 @@ def is_thinking(block: Json) -> bool:
 
 
 def continues_unsigned_loop(turns: list[Json]) -> bool:
-    """Whether the last turn belongs to a tool loop with a call for which we no longer
-    have the signed thinking. (A turn with a result belongs to the loop, also if it
-    holds a text, too.)"""
+    """Whether the last turn continues a tool loop with a call whose signed thinking is
+    not known any more. (A user's turn that holds a tool result and a text still belongs
+    to the loop.)"""
     for turn in reversed(turns):
         kinds = [block["type"] for block in turn["content"]]
         if turn["role"] == "user" and "tool_result" not in kinds:
@@ -2196,8 +2216,8 @@ def continues_unsigned_loop(turns: list[Json]) -> bool:
 def chat_answer_turns(
     request: Request, message: Json, cache: AnswerCache
 ) -> list[Json]:
-    """The turns that the answer adds to the conversation, if the client sends the
-    message back as it is. Raises APIError."""
+    """The turns by which the conversation will have grown if the client sends this
+    answer back unchanged. Raises APIError."""
     builder = ConversationBuilder()
     builder.add_message(JsonValue(message))
     return answer_turns(request, builder, cache)
@@ -2216,7 +2236,8 @@ def response_answer_turns(
 def answer_turns(
     request: Request, builder: ConversationBuilder, cache: AnswerCache
 ) -> list[Json]:
-    """The turns in `builder`, without PLACEHOLDER_FIRST_TURN, with which it begins."""
+    """The turns in `builder` without the first one. That is PLACEHOLDER_FIRST_TURN,
+    because an answer begins with the assistant's turn."""
     wrapped = set(request.decoding.wrapped_tools)
     prepare_history(builder.turns, wrapped, request.prompt.model, cache)
     return builder.turns[1:]
@@ -2241,7 +2262,7 @@ def parse_content(content: JsonValue, kinds: tuple[str, ...]) -> list[Json]:
 
 
 def content_parts(content: JsonValue) -> list[JsonValue]:
-    """The parts of a message's content. A string is its only part."""
+    """The parts of a message's content. A string counts as one part."""
     if type(content.require(str, list)) is str:
         return [content]
     return list(content.items())
@@ -2274,11 +2295,9 @@ def image_part(part: JsonValue) -> Json:
     url.require(str)
     if is_web_url(url.value):
         return {"type": "image", "source": {"type": "url", "url": url.value}}
-    problem = "supported are PNG, JPEG, GIF and WebP"
-    return {
-        "type": "image",
-        "source": data_source(url, url.value, IMAGE_TYPES, problem),
-    }
+    supported = "PNG, JPEG, GIF and WebP"
+    source = data_source(url, url.value, IMAGE_TYPES, supported)
+    return {"type": "image", "source": source}
 
 
 def is_web_url(url: str) -> bool:
@@ -2299,7 +2318,7 @@ def file_part(holder: JsonValue) -> Json:
         source: Json = {"type": "url", "url": file_url}
     elif file_data.value is None:
         raise holder.error(
-            "must have 'file_data' or 'file_url'; file ids are not supported.",
+            "must have 'file_data' or 'file_url'. (A 'file_id' is not supported.)",
             "unsupported_content",
         )
     else:
@@ -2316,8 +2335,8 @@ def file_source(file_data: JsonValue) -> Json:
     url = file_data.require(str)
     if not url.startswith("data:"):
         url = "data:application/pdf;base64," + url
-    problem = "supported are PDF, JSON and text"
-    source = data_source(file_data, url, FILE_TYPES, problem)
+    supported = "PDF, JSON and text"
+    source = data_source(file_data, url, FILE_TYPES, supported)
     if source["media_type"] == "application/pdf":
         return source
     text = base64.b64decode(source["data"]).decode("utf-8", "replace")
@@ -2327,8 +2346,8 @@ def file_source(file_data: JsonValue) -> Json:
 def data_source(
     value: JsonValue, url: str, media_types: re.Pattern[str], supported: str
 ) -> Json:
-    """data:TYPE;base64,DATA (RFC 2397) as the source of a block. Raises APIError 400;
-    `supported` says which types are allowed."""
+    """Convert data:TYPE;base64,DATA (RFC 2397) to the source of a block. Raises
+    APIError 400 at `value`. `supported` names the media types for the error message."""
     head, _, data = url.partition(",")
     if not head.startswith("data:") or not head.endswith(";base64"):
         raise value.error("must be an http(s) URL or a base64 data: URL.")
@@ -2336,13 +2355,13 @@ def data_source(
     if media_type == "image/jpg":
         media_type = "image/jpeg"
     if not media_types.fullmatch(media_type):
-        problem = f"is {media_type[:50]}; {supported}."
+        problem = f"has the media type '{media_type[:50]}'. Supported are {supported}."
         raise value.error(problem, "unsupported_media_type")
     data = re.sub(r"\s+", "", data)
     with contextlib.suppress(ValueError):
         if base64.b64decode(data, validate=True):
             return {"type": "base64", "media_type": media_type, "data": data}
-    raise value.error("has invalid base64 data.")
+    raise value.error("has data that is empty, or is not valid base64.")
 
 
 CONTENT_PARTS: dict[str, Callable[[JsonValue], Json]] = {
@@ -2360,8 +2379,8 @@ CONTENT_PARTS: dict[str, Callable[[JsonValue], Json]] = {
 # ── CLI protocol ─────────────────────────────────────────────────────────────────
 # How `claude -p` is driven over stdin: its arguments, environment and lines. Pure, but
 # for cli_environment(), which reads os.environ. Measured on 2.1.112, 2.1.197, 2.1.330
-# and 2.1.332, 2026-11-25. A conversation with it, trimmed (> we write, < it prints; one
-# JSON object a line):
+# and 2.1.332, 2026-11-25. An example, shortened (> what we write, < what it prints;
+# each is one JSON object on one line):
 #
 #   > {"type":"control_request","request_id":"1","request":{"subtype":"initialize",
 #      "systemPrompt":["You are terse."],"sdkMcpServers":["c"]}}
@@ -2408,7 +2427,7 @@ CLI_ARGUMENTS = [
     "--disable-slash-commands",
     "--allowedTools",
     f"mcp__{MCP_SERVER_NAME}",
-    "--settings",  # no hint how to sign commits if a client's tool is named Bash
+    "--settings",  # for a client's tool named Bash, the CLI would explain commits
     '{"attribution":{"commit":"","pr":""},"includeCoAuthoredBy":false}',
 ]
 CLI_VARIABLES = {
@@ -2427,8 +2446,8 @@ CLI_VARIABLES = {
     "DISABLE_AUTO_COMPACT": "1",
     # The API enforces the context limit.
     "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "100000000",
-    # All cache marks of a request must have one lifetime: the API wants longer ones
-    # first, and ours stands before the CLI's.
+    # The API refuses a cache mark of one hour behind one of five minutes. Ours lasts an
+    # hour, so the CLI's must, too.
     "ENABLE_PROMPT_CACHING_1H": "1",
     "CLAUDE_CODE_SKIP_MCP_DEBUG_LOG_FILES": "1",
     "DISABLE_AUTOUPDATER": "1",
@@ -2449,8 +2468,8 @@ BILLING_VARIABLES = [
     "CLAUDE_CODE_USE_ANTHROPIC_GOOGLE_CLOUD",
     "CLAUDE_CODE_USE_GATEWAY",
 ]
-# With CLAUDECODE set, the CLI refuses to start. The others are set for each request, in
-# query_lines().
+# With CLAUDECODE set, the CLI refuses to start. The others would change every request;
+# query_lines() sets what a request asks for.
 REMOVED_VARIABLES = [
     "CLAUDECODE",
     "MAX_THINKING_TOKENS",
@@ -2481,31 +2500,32 @@ def cli_environment(path: str) -> dict[str, str]:
 
 
 class CliLine(NamedTuple):
-    """A line for the CLI, without its newline. Where `needs_result` is set, nothing may
-    be sent before the CLI has printed a result line for it."""
+    """A line for the CLI, without its newline. If `needs_result` is set, nothing more
+    may be sent until the CLI has printed a result line."""
 
     text: str
     needs_result: bool = False
 
 
 def control_line(subtype: str, **fields: Any) -> CliLine:
-    """A control request. All have one id, because their answers are told apart by what
-    they hold."""
+    """A control request. They share one id: only the answer to `initialize` is used,
+    and it is recognized by its content."""
     request = {"subtype": subtype, **fields}
     line = {"type": "control_request", "request_id": "1", "request": request}
     return CliLine(json.dumps(line))
 
 
 def settings_line(**settings: Any) -> CliLine:
-    """Changes a running process, until its query is sent. `env`: 2.1.112 and newer.
-    `model`: CLI_WITH_LATE_MODEL, and only before the first turn."""
+    """A line that changes the settings of a running CLI, before the query is sent. All
+    versions take `env`; from CLI_WITH_LATE_MODEL on also `model`, before the first
+    turn."""
     return control_line("apply_flag_settings", settings=settings)
 
 
 @dataclasses.dataclass(frozen=True)
 class InitializeOptions:
-    """What is sent with `initialize`. It takes effect once; a second one changes
-    nothing. Two are equal if their JSON is: to Python, true and 1 would be equal."""
+    """What is sent with `initialize`, which a CLI takes only once. `tools_json` is
+    compared instead of `tools`, because to Python True and 1 are equal."""
 
     system: str
     tools: list[Json] = dataclasses.field(compare=False)  # as MCP lists them
@@ -2533,7 +2553,8 @@ def turn_message(turn: Json, position: int, version: Version) -> Json:
     else:
         message["type"] = "message"
         message["id"] = f"msg_{position}"
-        message["model"] = turn.get("model", "m")  # thinking of another one is dropped
+        # The CLI drops thinking blocks that another model signed.
+        message["model"] = turn.get("model", "m")
         message["stop_reason"] = None
         message["stop_sequence"] = None
         message["usage"] = {"input_tokens": 0, "output_tokens": 0}
@@ -2553,9 +2574,9 @@ def history_line(turn: Json, position: int, version: Version) -> CliLine:
 def query_line(turn: Json, version: Version) -> CliLine:
     """The line for the last turn, which starts the model.
 
-    Its last block gets a cache mark, without which the next turn would miss the prompt
-    cache. The mark is not put on an image, where 2.1.330 loses it, unless there is
-    nothing else.
+    A cache mark is put on its last block: without it, the next turn would not find this
+    one in the prompt cache. 2.1.330 drops a mark on an image, so the last block that is
+    not an image gets it, if there is one.
     """
     line = turn_message(turn, 0, version)
     content = list(line["message"]["content"])
@@ -2569,8 +2590,8 @@ def query_line(turn: Json, version: Version) -> CliLine:
 
 
 def query_lines(prompt: Prompt, version: Version) -> list[CliLine]:
-    """The settings of this request, if any (the CLI takes 10 ms to apply them), and its
-    last turn."""
+    """The lines that make the CLI answer: the request's settings and its last turn. The
+    settings take the CLI 10 ms, and are left out if there are none."""
     options = prompt.options
     variables = {}
     if options.effort:
@@ -2591,8 +2612,8 @@ def query_lines(prompt: Prompt, version: Version) -> list[CliLine]:
 def protect_slash_commands(content: list[Json], version: Version) -> list[Json]:
     """Keep the CLI from reading user content as a typed command.
 
-    Versions without `text_not_typed` take a last text that begins with "/" for one.
-    Split behind the slashes it is not, and the model reads the same.
+    Versions that do not know `text_not_typed` read a last text that begins with "/" as
+    a command, unless it is split after the slashes. The model sees the same text.
     """
     text = content[-1].get("text", "")
     if version >= CLI_WITH_TEXT_NOT_TYPED or not text.startswith("/"):
@@ -2606,14 +2627,14 @@ def protect_slash_commands(content: list[Json], version: Version) -> list[Json]:
 
 class SentState(NamedTuple):
     """What a process has been sent, or is to be sent, before its query: the model, the
-    options of `initialize` (None: not yet) and the turns."""
+    options of `initialize` (None: not sent yet), and the earlier turns."""
 
     model: str
     initialize: InitializeOptions | None = None
     turns: tuple[CliLine, ...] = ()
 
     def conversation_hash(self) -> bytes:
-        """Identifies the conversation up to here, whatever the model."""
+        """A hash of the conversation up to this point, without the model."""
         digest = hashlib.sha256()
         if self.initialize is not None:
             digest.update(self.initialize.system.encode("utf-8", "surrogatepass"))
@@ -2642,10 +2663,10 @@ def state_with_turns(
 
 
 def mcp_reply(line: Json, tools: list[Json]) -> CliLine | None:
-    """What an MCP server with these tools answers to a control request of the CLI.
+    """The answer of an MCP server with these tools to a control request of the CLI.
 
-    None for `tools/call`, which is never answered: the client runs the tool, and this
-    process ends with the answer. Raises one of MALFORMED_LINE_ERRORS.
+    None for `tools/call`, which is never answered: the client runs the tool, and the
+    CLI is stopped at the end of its answer. Raises one of MALFORMED_LINE_ERRORS.
     """
     message = line["request"].get("message") or {}
     method = message.get("method")
@@ -2669,7 +2690,8 @@ def mcp_reply(line: Json, tools: list[Json]) -> CliLine | None:
 
 
 def parse_cli_line(text: bytes) -> Json | None:
-    """A line that the CLI printed; None if it is no JSON object, which is noise."""
+    """Parse a line that the CLI printed. None if it is not a JSON object: such lines
+    are skipped."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -2678,8 +2700,9 @@ def parse_cli_line(text: bytes) -> Json | None:
 
 
 # ── Decoding ─────────────────────────────────────────────────────────────────────
-# CLI lines -> Answer, and the events that lead to it. Pure. A kind of line, or an event
-# of the Messages API, is skipped until it has a row in LINE_HANDLERS or EVENT_HANDLERS.
+# From the CLI's lines to events, and to the Answer that they build up. Without I/O.
+# Only the kinds of lines in LINE_HANDLERS, and the events of the Messages API in
+# EVENT_HANDLERS, are read; all others are skipped.
 
 
 class MessageStarted(NamedTuple):
@@ -2734,16 +2757,16 @@ FINISH_REASONS = {  # the Messages API's stop_reason -> OpenAI's finish_reason
     "tool_use": "tool_calls",
     "refusal": "content_filter",
 }  # all others are "stop"
-# After these stop reasons the CLI makes no further API request, unless the answer was
-# empty. After any other it may, even while it shuts down.
+# After these stop reasons the CLI sends no further request to the API, unless the
+# answer was empty. After any other one it may, even while it shuts down.
 FINAL_STOP_REASONS = ("end_turn", "stop_sequence")
 
 
 class RepeatableText:
-    """A text that arrives in pieces, and may arrive once more from its beginning.
+    """A text that arrives in pieces, and may start again from its beginning.
 
-    If the connection to the API breaks, the CLI repeats the answer. restart() makes
-    add() skip what has come before.
+    If the connection to the API breaks, the CLI asks again, and the answer is repeated.
+    After restart(), add() skips what is already known.
     """
 
     def __init__(self) -> None:
@@ -2780,8 +2803,8 @@ class RepeatableText:
 class StopFilter:
     """Finds stop strings in a text that arrives in pieces.
 
-    It withholds the end of the text while that may be the beginning of a stop string,
-    or is the first half of a surrogate pair.
+    It holds back the end of the text as long as that may be the beginning of a stop
+    string, or is the first half of a surrogate pair.
     """
 
     def __init__(self, stop: tuple[str, ...]) -> None:
@@ -2844,10 +2867,11 @@ class ToolCall:
 class Answer:
     """One answer of the model, as far as it has come.
 
-    `blocks` are the finished blocks with their signatures. `has_output` is set with the
-    first token, `finish_reason` when the answer is complete. `will_stop` tells whether
-    the CLI then makes no further request to the API by itself. `stop_reason` is the
-    Messages API's; it stays None for an answer that ends at a stop string.
+    `blocks` are the finished blocks with their signatures, but without the inputs of
+    streamed calls. `has_output` is set when the first token arrives, `finish_reason`
+    when the answer is complete. If `will_stop` is set, the CLI will not send another
+    request to the API by itself. `stop_reason` is the Messages API's. It stays None if
+    the answer ended at a stop string.
     """
 
     def __init__(self) -> None:
@@ -2884,8 +2908,8 @@ class Answer:
 
 
 class OpenBlock:
-    """The content block that is arriving. `emit` takes each piece of its text; None
-    where the text is not shown to the client in pieces."""
+    """The content block that is arriving. `emit` is called with each piece of its text.
+    It is None for a block that the client does not get."""
 
     def __init__(self, block: Json) -> None:
         self.block = block
@@ -2905,7 +2929,7 @@ class AnswerDecoder:
     """Reads the lines that the CLI prints for one request, and builds an Answer.
 
     `now` is the time in epoch seconds. `call_count` is the number of calls since the
-    answer was started or restarted.
+    answer last started.
     """
 
     def __init__(self, request: Request, answer: Answer, now: float) -> None:
@@ -2944,8 +2968,8 @@ class AnswerDecoder:
             handler(self, event)
 
     def on_assistant(self, line: Json) -> None:
-        """A finished block once more; or the text of a failure; or, with a stop_reason
-        of its own, an answer that was not streamed."""
+        """Such a line repeats a finished block, which is skipped. It may also hold the
+        text of a failure, or, with a stop_reason, an answer that was not streamed."""
         message = line["message"]
         if line.get("error"):
             self.failure_category = line["error"]
@@ -2956,11 +2980,13 @@ class AnswerDecoder:
             self.add_whole_message(message)
 
     def on_result(self, line: Json) -> None:
-        """The end of the turn. An answer would have been complete before."""
+        """The end of the turn. A complete answer would not be read this far, so this is
+        a failure. Always raises APIError."""
         api_status = line.get("api_error_status")
         if not line.get("is_error"):
             if not self.failure_text:
-                raise APIError(502, "Claude ended without an answer.", "upstream_error")
+                message = "Claude Code ended its turn without an answer."
+                raise APIError(502, message, "upstream_error")
             api_status = 400  # 2.1.112 reports an image that it rejects in this way
         text = line.get("result")
         if not text:
@@ -2987,8 +3013,9 @@ class AnswerDecoder:
         self.rate_limit = dict(line["rate_limit_info"])
 
     def check_tools(self, cli_tools: list[str]) -> None:
-        """A tool that is missing from the CLI's list was silently dropped. (Its own
-        name for a tool named Agent is Task.)"""
+        """Raises APIError 400 if a tool is missing from the CLI's list: the CLI drops a
+        tool silently if it rejects the schema. (It lists a tool named Agent as
+        Task.)"""
         known = set(cli_tools)
         if "Task" in known:
             known.add("Agent")
@@ -2999,8 +3026,8 @@ class AnswerDecoder:
                 raise APIError(400, message, "invalid_schema", "tools")
 
     def check_retry(self, line: Json) -> None:
-        """The CLI will repeat its request. That only helps against failures of the
-        API's own; any other is reported at once."""
+        """The CLI announces that it will repeat its request. That only helps against an
+        error of the API's own (5xx). Raises APIError for any other."""
         api_status = line["error_status"] or 0
         category = line.get("error")
         if 400 <= api_status < 500:
@@ -3057,9 +3084,8 @@ class AnswerDecoder:
         for call in self.answer.calls:
             call.arguments.restart()
         if str(self.answer.reasoning):
-            self.skips_reasoning = (
-                True  # the retry thinks anew; keep the first thinking
-            )
+            # The retry thinks anew. Only the first thinking is shown.
+            self.skips_reasoning = True
         if is_first:
             self.events.append(MessageStarted())
 
@@ -3105,7 +3131,7 @@ class AnswerDecoder:
         return block.get("name") in self.decoding.wrapped_tools
 
     def finish_block(self) -> None:
-        """Keep the block as the API wants it back, and emit the input of a call that
+        """Keep the block with its text and signature, and emit the input of a call that
         was not emitted in pieces."""
         block = self.open_block.block
         text = "".join(self.open_block.pieces)
@@ -3121,8 +3147,9 @@ class AnswerDecoder:
 
     def unwrapped_input(self, block: Json, text: str) -> str:
         """The input of a call of a wrapped tool, without the wrapping: JSON, or the
-        text of a custom tool. What the model did not wrap, or what is truncated, is
-        returned as it is; of a truncated text, what has come of it."""
+        text of a custom tool. An input that the model did not wrap, and truncated JSON,
+        are returned unchanged. Of a truncated text, the part that arrived is returned.
+        """
         value = block["input"]
         if text:
             try:
@@ -3174,7 +3201,7 @@ class AnswerDecoder:
             self.events.append(TextDelta(text))
         if self.stop_filter.matched:
             self.answer.content.truncate(self.stop_filter.sent_length)
-            self.answer.will_stop = True  # it is in the middle of its only request
+            self.answer.will_stop = True  # the CLI has not finished its only request
             self.finish("stop")
 
     def emit_reasoning(self, piece: str) -> None:
@@ -3215,7 +3242,7 @@ def compact_json(value: Any) -> str:
 
 
 def truncated_text(text: str) -> str:
-    """What has come of the string in '{"input": "…', when the end is missing."""
+    """The part that arrived of the string in '{"input": "…', whose end is missing."""
     start = re.match(rf'\s*{{\s*"{WRAPPER_KEY}"\s*:\s*"', text)
     if start is None:
         return text
@@ -3228,15 +3255,16 @@ def truncated_text(text: str) -> str:
 
 def interrupted_error() -> APIError:
     message = (
-        "The connection to the Claude API broke, and the retry answered otherwise."
+        "The connection to the Claude API broke, and the retry gave another answer."
     )
     return APIError(502, message, "stream_interrupted")
 
 
 # ── Writers ──────────────────────────────────────────────────────────────────────
-# Events -> what the client gets: chunks of chat completions, or events of Responses, or
-# one JSON body of either. Pure: ids and the clock are passed in. ChatWriter and
-# ResponseWriter have the same methods.
+# From events to what the client gets: chunks of chat completions, events of Responses,
+# or one JSON body. Without I/O: ids and the clock are passed in. A writer also reads
+# the Answer that the decoder fills: its model, its usage and its finish reason.
+# ChatWriter and ResponseWriter have the same methods.
 
 
 class TokenCounts(NamedTuple):
@@ -3276,7 +3304,8 @@ def sse_event(data: Json, name: str = "") -> str:
 
 
 class ChatWriter:
-    """Writes a chat completion. `started` are the choices whose role has been sent."""
+    """Writes a chat completion. `started` holds the indexes of the choices whose role
+    has been sent."""
 
     def __init__(
         self,
@@ -3307,8 +3336,8 @@ class ChatWriter:
         }
 
     def record(self, index: int, event: Event) -> None:
-        """An event of a response that is not streamed. body() needs only the
-        answers."""
+        """Take an event of a response that is not streamed. Nothing to do: body() reads
+        the answers."""
 
     def write(self, index: int, event: Event) -> str:
         """The chunk for an event of the choice `index`."""
@@ -3397,8 +3426,8 @@ REFUSAL_MESSAGE = "Claude refused to answer this request."
 
 
 class PartKind(NamedTuple):
-    """How the parts of an item are streamed: the item's field that lists them, the name
-    of their events, of their index, and an empty part."""
+    """How the parts of an item are streamed: the item's field that lists them, the
+    names of their events and of their index, and an empty part."""
 
     list_field: str
     event: str
@@ -3408,7 +3437,7 @@ class PartKind(NamedTuple):
 
 class ItemKind(NamedTuple):
     """How the text of an item is streamed: the name of its events, the field that holds
-    it, and the part that it stands in, if any."""
+    it, and the kind of part that contains it, if any."""
 
     text_event: str
     text_field: str
@@ -3462,9 +3491,9 @@ def failed_response_code(error: APIError) -> str:
 class ResponseWriter:
     """Writes a response of /v1/responses: one item after another, each with its events.
 
-    `items` are the items of the output. The last one is open while `open_source` is
-    set: the kind of event, and for calls their index, whose texts go into it. `pieces`
-    is its text so far.
+    `items` are the items of the output. While `open_source` is set, the last one is
+    still being written: it is "message" or "reasoning", or the index of a call.
+    `pieces` is its text so far.
     """
 
     def __init__(
@@ -3665,7 +3694,7 @@ class ResponseWriter:
 
     def add_arguments(self, event: ToolCallDelta) -> None:
         if self.open_source != event.call_index:
-            raise interrupted_error()  # the retry had more text before this call
+            raise interrupted_error()  # the retry put more text before this call
         self.add_delta(event.arguments)
 
     def add_delta(self, text: str) -> None:
@@ -3792,9 +3821,9 @@ class CliBinary(NamedTuple):
 
 
 class Login(NamedTuple):
-    """What `claude auth status` tells. `method` is claude.ai, oauth_token, api_key,
-    third_party or none; `plan` and `tier` are such as "max" and "max_20x". What an old
-    CLI does not tell is None."""
+    """The output of `claude auth status`. `method` is claude.ai, oauth_token, api_key,
+    third_party or none; `plan` is, for example, "max", and `tier` "max_20x". Values
+    that an old CLI does not print are None."""
 
     is_logged_in: bool
     method: str | None = None
@@ -3802,7 +3831,7 @@ class Login(NamedTuple):
     tier: str | None = None
 
     def problem(self) -> str:
-        """What is wrong with it, and how to mend it; empty if nothing is."""
+        """What is wrong with this login, and what to do; empty if nothing is wrong."""
         if not self.is_logged_in:
             return LOGIN_REMEDY
         if self.method in BILLED_LOGIN_METHODS:
@@ -3854,9 +3883,10 @@ def file_signature(path: str) -> tuple[int, ...]:
 class Installation:
     """The CLI that is installed, and its login.
 
-    `asking` is held while the CLI is asked, which may take seconds, so that one thread
-    asks for all. `lock` guards the fields, and is never held while anything is waited
-    for. `lock` may be taken under `asking`, never the other way round.
+    `asking` is held while a command of the CLI runs, which may take seconds, so that
+    the other threads wait for its result instead of running it, too. `lock` guards the
+    other fields, and is held only for a moment. `lock` may be taken while `asking` is
+    held, never the other way round.
     """
 
     def __init__(self, chosen_path: str = "") -> None:
@@ -3911,7 +3941,7 @@ class Installation:
     def check(self) -> tuple[CliBinary | None, str]:
         """Returns the CLI, if it can be used, and what is wrong with it or its login.
 
-        A login, once seen, is trusted; a missing one is checked for again.
+        A login that was found once is not looked for again; a missing one is.
         """
         try:
             binary = self.find_binary()
@@ -3939,7 +3969,8 @@ class Installation:
             return self.login
 
     def login_key(self) -> tuple[Login, int] | None:
-        """Changes with the login; None while there is none."""
+        """A value that changes when the login changes. None while nobody is logged
+        in."""
         with self.lock:
             if self.login is None or not self.login.is_logged_in:
                 return None
@@ -3962,22 +3993,22 @@ class Installation:
 
     def record_accepted_login(self) -> None:
         """The API accepted the login. (`claude auth status` only knows that there is
-        one.) What else is known of it stays."""
+        one.)"""
         with self.lock:
             if self.login is None or not self.login.is_logged_in:
                 self.login = Login(is_logged_in=True)
 
     def record_refused_login(self) -> None:
-        """The API refused the login. It is reported for a while without asking the CLI,
-        which still knows of one."""
+        """The API refused the login. This is reported for a while without asking the
+        CLI, which would still say that it is logged in."""
         with self.lock:
             self.login = Login(is_logged_in=False)
             self.refusals += 1
-            self.next_login_check = time.monotonic() + LOGIN_TRUST_SECONDS
+            self.next_login_check = time.monotonic() + LOGIN_REFUSED_SECONDS
 
     def run_command(self, path: str, *arguments: str) -> tuple[str, int]:
-        """Run a short command of the CLI -> (its output, its exit code). One that can't
-        run, or hangs, has the exit code 1 and no output."""
+        """Run a short command of the CLI. Returns its output and its exit code: "" and
+        1 if it can't be started, or hangs."""
         try:
             process = subprocess.Popen(
                 [path, *arguments],
@@ -4007,7 +4038,7 @@ class Installation:
         return output, process.returncode
 
     def close(self) -> None:
-        """End a command that is running: the server stops."""
+        """Kill the command that is running, and all that follow. The server stops."""
         with self.lock:
             self.is_closed = True
             if self.running_command is not None:
@@ -4015,7 +4046,7 @@ class Installation:
 
 
 def kill_group(process: subprocess.Popen[Any]) -> None:
-    """Kill a process that leads a group of its own, with all of the group."""
+    """Kill a process and the rest of its process group, which it leads."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -4031,14 +4062,14 @@ def optional_str(value: Any) -> str | None:
 class CliProcess:
     """One CLI process, in a process group of its own.
 
-    Reading and writing never block: the owner does either when the pipe is ready. The
-    owner is the pool, then the thread of a request, then the pool again, which reaps
-    the process.
+    Reading and writing never block: the owner reads or writes when the pipe is ready.
+    The owner is the pool, then the thread of a request, then the pool again, which
+    reaps the process. Only stop() may be called by any thread.
 
-    `sent` is what it has been sent, counting `unsent`, the lines that are still to be
-    sent. `awaits_result` is set while the CLI works on an earlier turn. `has_printed`
-    tells whether a line has come since the last send(). The process gets a directory
-    for its temporary files below `server_directory`, which is removed with it.
+    `sent` is what it has been sent, including `unsent`, the lines that are still to be
+    written. `awaits_result` is set while the CLI works on an earlier turn.
+    `has_printed` is set when anything has come since the last send(). The process has a
+    directory for its temporary files below `server_directory`. reap() removes it.
     """
 
     def __init__(self, binary: CliBinary, model: str, server_directory: str) -> None:
@@ -4079,9 +4110,9 @@ class CliProcess:
         os.set_blocking(self.stdout.fileno(), False)
 
     def fits(self, wanted: SentState) -> bool:
-        """Whether all that it has been sent is the beginning of `wanted`. The model may
-        differ up to the first turn: later, the change would show in the
-        conversation."""
+        """Whether everything that it has been sent is the beginning of `wanted`. Before
+        the first turn, the model may differ: the CLI can still change it without a
+        trace in the conversation."""
         if self.sent.model != wanted.model:
             takes_late_model = self.binary.version >= CLI_WITH_LATE_MODEL
             if self.sent.turns or not takes_late_model:
@@ -4113,8 +4144,7 @@ class CliProcess:
         self.write()
 
     def write(self) -> None:
-        """Write what the pipe takes. If the CLI is gone, the end of its stdout
-        tells."""
+        """Write as much as the pipe takes. If the CLI has ended, read() will notice."""
         try:
             while self.write_buffer:
                 count = self.stdin.write(self.write_buffer)
@@ -4125,7 +4155,8 @@ class CliProcess:
             self.write_buffer.clear()
 
     def read(self) -> list[Json]:
-        """The lines that have come and belong to an answer. Raises APIError 502."""
+        """Read what has come, do what the control lines ask for, and return the other
+        lines. Raises APIError 502."""
         data = self.stdout.read(1 << 16)
         if data is None:  # nothing has come
             return []
@@ -4136,7 +4167,8 @@ class CliProcess:
         self.read_buffer += data
         if b"\n" not in data:
             if len(self.read_buffer) > MAX_CLI_LINE_BYTES:
-                raise APIError(502, "The Claude CLI printed a line without an end.")
+                message = "Claude Code printed a line that is too long."
+                raise APIError(502, message, "unexpected_line")
             return []
         *texts, self.read_buffer = self.read_buffer.split(b"\n")
         lines = []
@@ -4147,7 +4179,8 @@ class CliProcess:
         return lines
 
     def handle_control_line(self, line: Json) -> bool:
-        """Do what a line asks of us. Returns False if it belongs to the answer."""
+        """Handle a line that is addressed to us. Returns False if it is for the
+        decoder."""
         kind = line.get("type")
         if kind == "stream_event":
             self.last_activity = time.monotonic()
@@ -4193,7 +4226,8 @@ class CliProcess:
             os.killpg(self.process.pid, signal_number)
 
     def reap(self) -> bool:
-        """Clean up if it has ended -> whether it has. Kill it if it takes too long."""
+        """Clean up if the process has ended, and kill it if that takes too long.
+        Returns whether it has ended."""
         if self.process.poll() is None:
             if self.stopped_at is None:
                 self.stop(signal.SIGTERM)
@@ -4208,8 +4242,8 @@ class CliProcess:
         return True
 
     def remove_session_files(self) -> None:
-        """The CLI leaves them behind if it was killed, or had not started yet
-        (2.1.330)."""
+        """Remove what the CLI leaves in ~/.claude/sessions if it was killed, or was
+        stopped while it started (2.1.330)."""
         home = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
         sessions = os.path.join(home, "sessions")
         with contextlib.suppress(OSError):
@@ -4247,8 +4281,8 @@ def unregister(selector: selectors.BaseSelector, process: CliProcess) -> None:
 # Processes that are started before they are needed, and the end of every process.
 # SparePool holds the rules and does nothing; ProcessPool starts, feeds and reaps.
 
-# What a process costs until it can take a query, measured on two cores; only their
-# relation counts.
+# How long the steps take after which a process can take a query, measured on two cores.
+# Only their ratios matter.
 START_COST = 0.6  # seconds until a new process reads its first line
 INITIALIZE_COST = 0.02  # seconds for `initialize`, with the tools
 TURN_COST = 0.01  # seconds for an earlier turn of the conversation
@@ -4257,14 +4291,15 @@ TURN_COST = 0.01  # seconds for an earlier turn of the conversation
 class SparePool:
     """The idle processes, and the rules by which they are kept and chosen.
 
-    A spare fits a request if all that it has been sent is the beginning of what the
-    request needs; the one that will be ready first is taken, and is sent the rest. At
-    least one spare holds no conversation, so that a request that is unlike the last
-    ones finds a process, too; the others may hold one conversation each. A process that
-    has answered is never used again.
+    A spare fits a request if everything it has been sent is the beginning of what the
+    request needs. Of those that fit, the one that will be ready first is taken, and is
+    sent the rest. One spare is kept without a conversation, for a request that is
+    unlike the last ones; each of the others may hold a conversation. A process that has
+    answered is never used again.
 
-    Pure: `processes` may be any objects with the attributes of CliProcess. The one that
-    was used least recently comes first.
+    Without I/O: in a test, any objects with the attributes and the fits() of CliProcess
+    will do. ProcessPool adds and removes them. The process that was used least recently
+    comes first.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -4339,8 +4374,8 @@ class SparePool:
         return max(0, self.capacity - len(self.processes))
 
     def choose_expired(self, now: float) -> CliProcess | None:
-        """A spare that is to be replaced: one that is too old, or whose conversation
-        pauses. One at a time, and not before the newest one has started."""
+        """The spare to be replaced next, if any: one that is too old, or whose
+        conversation is idle. None while the newest spare may still be starting."""
         newest = max((spare.born for spare in self.processes), default=now)
         if newest > now - STARTUP_SECONDS:
             return None
@@ -4355,17 +4390,17 @@ class SparePool:
 
 
 class SpareRequest(NamedTuple):
-    """A conversation to be sent to a spare. `only_extend`: only to one that has been
-    sent the beginning of it."""
+    """A conversation that is to be sent to a spare; if `only_extend` is set, only to a
+    spare that has already been sent its beginning."""
 
     wanted: SentState
     only_extend: bool
 
 
 class Watch(NamedTuple):
-    """What a process without a request is still read for: `is_done` gets the lines that
-    have come, until it returns True, or until `deadline`. Then the process is sent
-    `signal_number`."""
+    """How the main thread reads from a process that has no request: it calls `is_done`
+    with the lines that have come, until that returns True or `deadline` has passed.
+    Then it sends the process `signal_number`."""
 
     is_done: Callable[[CliProcess, list[Json]], bool]
     deadline: float
@@ -4376,13 +4411,15 @@ class ProcessPool:
     """Starts the CLI's processes, keeps spare ones ready, and ends each one.
 
     The main thread calls tick() and on_ready(), request threads call start(), retire()
-    and request_spare(). `lock` guards all fields. Nothing is waited for under it, so it
-    can't deadlock, and a signal handler may take it again. The main thread waits on
-    `selector`, where the pipes of the spares and of the watched processes are; epoll
-    and kqueue allow other threads to change it during a wait.
+    and request_spare(). `lock` guards all fields but `selector`, on which the main
+    thread waits without it: epoll and kqueue allow other threads to
+    change what is registered during a wait. The lock is reentrant, because a signal
+    handler of the main thread takes it, too. While it is held, the locks of Plan and
+    Service may be taken (by Watch.is_done), never the other way round.
 
     A process is in one of four places: `live` (it is answering), `spares`, `watched`
-    (see Watch), or `dying` (sent a signal, not reaped yet).
+    (see Watch), or `dying` (it was sent a signal, and is not reaped yet). While it is
+    moved from one place to another by start() or add_spare(), it is in none of them.
     """
 
     def __init__(self, installation: Installation, capacity: int = 0) -> None:
@@ -4415,7 +4452,8 @@ class ProcessPool:
         query: list[CliLine],
         may_be_spare: bool = True,
     ) -> CliProcess:
-        """A process that has been sent `wanted` and `query`. Raises APIError 503."""
+        """Take a spare or start a process, and send it `wanted` and `query`. Raises
+        APIError 503."""
         process = None
         if may_be_spare:
             process = self.take(binary, wanted)
@@ -4459,9 +4497,9 @@ class ProcessPool:
         self.wake()
 
     def retire(self, process: CliProcess, signal_number: int) -> None:
-        """End a process. The main thread closes its pipes when it has ended: if they
-        were closed earlier, the CLI would tell the model that its tools are gone, in
-        another request to the API."""
+        """Stop a process, and have the main thread reap it. Its pipes stay open until
+        then: if they were closed earlier, the CLI would tell the model that its tools
+        are gone, in another request to the API."""
         if process.stopped_at is None:
             process.stop(signal_number)
         with self.lock:
@@ -4469,7 +4507,7 @@ class ProcessPool:
             self.dying.append(process)
 
     def watch(self, process: CliProcess, watch: Watch) -> None:
-        """Read on in the main thread, then end the process."""
+        """Have the main thread read on from a process, and then stop it."""
         with self.lock:
             self.live.discard(process)
             self.watched[process] = watch
@@ -4549,7 +4587,7 @@ class ProcessPool:
         self.retire(process, watch.signal_number)
 
     def retire_other_binaries(self, binary: CliBinary | None) -> None:
-        """The spares of a CLI that was replaced are of no use."""
+        """Stop the spares of a CLI that has been replaced or removed."""
         with self.lock:
             for process in list(self.spares.processes):
                 if process.binary != binary:
@@ -4579,7 +4617,7 @@ class ProcessPool:
                 self.add_spare(process, wanted)
 
     def prepare_spare(self, binary: CliBinary, wanted: SentState) -> bool:
-        """Send `wanted` to a spare -> whether there is one that may have it."""
+        """Send `wanted` to a spare. Returns False if none may be used for it."""
         with self.lock:
             now = time.monotonic()
             process = self.spares.choose_for_conversation(binary, wanted, now)
@@ -4590,8 +4628,8 @@ class ProcessPool:
             return True
 
     def start_prepared(self, binary: CliBinary, wanted: SentState) -> None:
-        """Send `wanted` to a new process, unless the only start that a request may
-        cause is needed for a spare without a conversation. Raises APIError 503."""
+        """Send `wanted` to a new process. Not while there is no spare without a
+        conversation: that one is started first. Raises APIError 503."""
         with self.lock:
             if not self.spares.count_without_conversation():
                 return
@@ -4613,7 +4651,8 @@ class ProcessPool:
             update_write_interest(self.selector, process)
 
     def remove_spare(self, process: CliProcess) -> None:
-        """Take a spare away from the main thread. The caller holds the lock."""
+        """Take a spare out of the pool, and stop waiting for its pipes. The caller
+        holds the lock."""
         self.spares.processes.remove(process)
         unregister(self.selector, process)
 
@@ -4645,7 +4684,8 @@ class ProcessPool:
             self.add_spare(process, SentState(model))
 
     def on_ready(self, key: selectors.SelectorKey) -> None:
-        """Something is ready: wake() was called, or a pipe of a process."""
+        """Serve what the selector found ready: a call of wake(), or a process's
+        pipe."""
         with self.lock:
             if key.fileobj is self.wake_receiver:
                 with contextlib.suppress(BlockingIOError):
@@ -4667,7 +4707,8 @@ class ProcessPool:
             self.end_watch(process)
 
     def serve_spare(self, key: selectors.SelectorKey) -> None:
-        """Read or write what is ready. A spare that fails or ends is replaced."""
+        """Read from a spare or write to it. One that fails or ends is replaced. The
+        caller holds the lock."""
         process: CliProcess = key.data
         failed = False
         if key.fileobj is process.stdout:
@@ -4686,8 +4727,8 @@ class ProcessPool:
             self.record_death(process)
 
     def record_death(self, process: CliProcess) -> None:
-        """A spare has ended by itself. If it was young, the CLI may be unable to start:
-        then the next ones are started after pauses that double."""
+        """A spare has ended by itself. If it was young, the CLI may be unable to start,
+        so the pause before the next start is doubled. The caller holds the lock."""
         now = time.monotonic()
         self.refill_is_due = True
         if now - process.born < STARTUP_SECONDS:
@@ -4703,7 +4744,7 @@ class ProcessPool:
                 process.stop(signal_number)
 
     def close_spares(self) -> None:
-        """The server stops: end the spares, and start no others."""
+        """Stop the spares and the watched processes, and start no others."""
         with self.lock:
             self.spares.capacity = 0
             self.requested.clear()
@@ -4724,8 +4765,8 @@ class ProcessPool:
     # The server's directory for temporary files.
 
     def ensure_directory(self) -> str:
-        """The directory of the CLIs (mode 0700), made again if something removed it.
-        Raises APIError 503 if there is no place for it."""
+        """The server's directory (mode 0700). It is made if it does not exist, or does
+        not exist any more. Raises APIError 503 if that fails."""
         with self.lock:
             workdir = os.path.join(self.directory, CLI_WORKDIR)
             if self.directory and os.path.isdir(self.directory):
@@ -4750,8 +4791,8 @@ NO_TEMP_MESSAGE = "There is no usable directory for temporary files: set TMPDIR.
 
 
 def make_server_directory() -> str:
-    """Make a private directory -> its path. Raises OSError. If the directory for
-    temporary files is gone, another one is looked for."""
+    """Make a private directory, and return its path. If the directory for temporary
+    files is gone, another one is used. Raises OSError."""
     try:
         return tempfile.mkdtemp(prefix=DIRECTORY_PREFIX)
     except FileNotFoundError:
@@ -4760,8 +4801,8 @@ def make_server_directory() -> str:
 
 
 def lock_directory(directory: str) -> int:
-    """Lock the directory's file until this process ends -> the file's descriptor.
-    Raises OSError (BlockingIOError if another process has locked it)."""
+    """Lock the directory's file until this process ends, and return its descriptor.
+    Raises OSError: BlockingIOError if another process has locked it."""
     path = os.path.join(directory, LOCK_FILE)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -4797,7 +4838,7 @@ def remove_if_stale(directory: str) -> None:
 
 
 class RequestQueue:
-    """Lets at most `capacity` CLI processes run at once; requests wait in order.
+    """Lets at most `capacity` answers be generated at once. Requests wait in order.
 
     `changed` guards `active` and `waiting`. No other lock is taken under it.
     """
@@ -4809,8 +4850,8 @@ class RequestQueue:
         self.changed = threading.Condition()
 
     def acquire(self, count: int, client: ClientConnection) -> Iterator[None]:
-        """Wait for `count` places, and yield from time to time meanwhile. Raises
-        APIError 400 or 429, and DisconnectedError."""
+        """Take `count` places. While it waits for them, it yields every POLL_SECONDS.
+        Raises APIError 400 or 429, and DisconnectedError."""
         if count > self.capacity:
             message = (
                 f"'n' must not exceed --max-concurrency, which is {self.capacity}."
@@ -4833,7 +4874,7 @@ class RequestQueue:
                 self.changed.notify_all()
 
     def try_acquire(self, ticket: object, count: int) -> bool:
-        """Wait for at most POLL_SECONDS -> whether the places are taken."""
+        """Wait for at most POLL_SECONDS. Returns whether it took the places."""
 
         def is_next() -> bool:
             has_room = self.active + count <= self.capacity
@@ -4857,8 +4898,8 @@ class RequestQueue:
 
 
 class OutputReader:
-    """Waits for the output of CLI processes and for the client to leave, at once, so
-    that no further thread is needed. Used by one thread."""
+    """Waits for the output of several CLI processes, and notices meanwhile when the
+    client leaves, in a single thread."""
 
     def __init__(self, client: ClientConnection) -> None:
         self.client = client
@@ -4875,8 +4916,8 @@ class OutputReader:
         unregister(self.selector, process)
 
     def read(self) -> list[tuple[CliProcess, Json]]:
-        """Wait for at most POLL_SECONDS -> the lines that have come. Raises APIError
-        502, and DisconnectedError."""
+        """Wait for at most POLL_SECONDS, and return the lines that have come. Raises
+        APIError 502, and DisconnectedError."""
         for process in self.processes:
             update_write_interest(self.selector, process)
         lines = []
@@ -4893,7 +4934,8 @@ class OutputReader:
         return lines
 
     def check_client(self) -> None:
-        """The client has left, or sends its next request already."""
+        """The client has left, or has sent its next request already. Stop watching it
+        when nothing more can be learned from its socket."""
         self.client.check_connected()
         if self.client.is_full() or self.client.input_has_ended:
             self.selector.unregister(self.client.connection)
@@ -4917,8 +4959,8 @@ class Choice:
 class Generation:
     """A request that is being answered. Used by one thread.
 
-    `conversation` is what a process has been sent of it before the query. `is_prepared`
-    tells whether a spare has been requested for the turn that follows.
+    `conversation` is what a process is sent before the query. `is_prepared` is set when
+    a spare has been requested for the turn that follows.
     """
 
     def __init__(self, service: Service, request: Request, client: ClientConnection):
@@ -4940,9 +4982,9 @@ class Generation:
         return all(answer.finish_reason is not None for answer in self.answers)
 
     def events(self) -> Generator[list[tuple[int, Event]], None, None]:
-        """The events of the answers with the index of their choice, in batches. An
-        empty batch means that there is nothing new. Raises APIError and
-        DisconnectedError."""
+        """Generate the answers. Yields their events, each with the index of its choice,
+        in lists; an empty list if nothing has come for POLL_SECONDS. Raises APIError
+        and DisconnectedError."""
         queue = self.service.queue
         for _ in queue.acquire(len(self.choices), self.client):
             yield []
@@ -4981,7 +5023,8 @@ class Generation:
         reader.add(choice.process)
 
     def read_events(self, reader: OutputReader) -> list[tuple[int, Event]]:
-        """The next batch. A process that ends or is silent is replaced or reported."""
+        """The next events. A process that has ended or is silent is replaced, or raises
+        APIError."""
         lines = reader.read()
         events: list[tuple[int, Event]] = []
         for choice in self.choices:
@@ -4997,8 +5040,8 @@ class Generation:
         return events
 
     def note_progress(self, events: list[tuple[int, Event]]) -> None:
-        """Measure the first token, and prepare the next turn as soon as there is a
-        reason to."""
+        """Measure the time to the first token, have missing spares started, and prepare
+        the next turn as soon as the conversation is known to go on."""
         if self.first_token_seconds is None:
             if any(answer.has_output for answer in self.answers):
                 self.first_token_seconds = time.monotonic() - self.started_at
@@ -5015,9 +5058,9 @@ class Generation:
         """Have a spare sent the conversation up to this request: an agent's next step
         follows within milliseconds of the answer.
 
-        That is worth a process only if the conversation goes on. It does if the answer
-        calls a tool, or if this server has given the answer before it. A first request
-        may have examples in front, or tools, and still be one of a batch.
+        That is worth a process only if the conversation goes on. It will if the answer
+        calls a tool, and it probably will if this server gave the previous answer. A
+        history alone is no sign: a batch of single requests may begin with examples.
         """
         if len(self.choices) == 1:
             self.is_prepared = True
@@ -5031,8 +5074,8 @@ class Generation:
     def check_process(
         self, choice: Choice, process: CliProcess, reader: OutputReader
     ) -> None:
-        """Give back a process that has answered; replace one that did not even begin;
-        report any other end or silence. Raises APIError."""
+        """Hand back a process that has answered. Replace one that never printed
+        anything. Raises APIError for any other end, and for silence."""
         silence = time.monotonic() - process.last_activity
         never_printed = not process.has_printed and not choice.was_replaced
         is_dead_spare = process.was_spare and silence > SPARE_SILENCE_SECONDS
@@ -5048,11 +5091,11 @@ class Generation:
             self.service.pool.retire(process, signal.SIGKILL)
             self.start_process(choice, process.binary, reader, may_be_spare=False)
         elif process.has_ended:
-            message = "The Claude CLI ended before its answer did."
+            message = "Claude Code ended before the answer was complete."
             raise APIError(502, message, "cli_died")
         elif silence > self.service.settings.timeout:
             seconds = self.service.settings.timeout
-            message = f"Claude was silent for {seconds:g} seconds."
+            message = f"Claude sent nothing for {seconds:g} seconds; see --timeout."
             raise APIError(504, message, "timeout")
 
     def retire_processes(self) -> None:
@@ -5069,15 +5112,15 @@ def stopping_error() -> APIError:
 
 
 class PlanWindow(NamedTuple):
-    """A window of the plan: the part used (0 to 1), when it ends (epoch seconds), and
-    the CLI's word for its state. What the CLI does not tell is None."""
+    """A limit of the plan: the part of it that is used (0 to 1), when it is reset
+    (epoch seconds), and the CLI's word for its state. None: the CLI did not say."""
 
     used: float | None
     resets_at: int | None
     status: str | None
 
     def is_used_up(self, percent: float, now: float) -> bool:
-        """Whether it is known to be used to `percent`, and has not ended."""
+        """Whether `percent` of it are known to be used, and it has not been reset."""
         if self.used is None or self.resets_at is None:
             return False
         return self.used * 100 >= percent and self.resets_at > now
@@ -5092,7 +5135,7 @@ MODEL_WINDOW_PREFIX = "seven_day_"  # a window of one model family: seven_day_op
 
 
 class Plan:
-    """What the CLI tells of the plan's limits, in its rate_limit_event.
+    """The plan's limits, as far as the CLI has reported them in a rate_limit_event.
 
     `lock` guards all fields. No other lock is taken under it.
     """
@@ -5105,8 +5148,8 @@ class Plan:
         self.updated_at: float | None = None
 
     def record(self, info: Json, now: float) -> None:
-        """Take over a rate_limit_info. From 2.1.332 on it tells of all windows; older
-        CLIs tell of the one that matters, and how much is used only near its end."""
+        """Record a rate_limit_info. From 2.1.332 on it lists all windows. Older CLIs
+        report one window, and how much of it is used only when little is left."""
         windows = {}
         try:
             unified = info.get("unifiedWindows") or {}
@@ -5116,7 +5159,7 @@ class Plan:
             if not windows and name is not None:
                 windows[name] = plan_window(info)
         except MALFORMED_LINE_ERRORS:
-            log("The Claude CLI reported the plan's limits in an unknown format.")
+            log("plan: Claude Code reported the limits in an unknown format")
             return
         status = optional_str(info.get("status"))
         with self.lock:
@@ -5131,7 +5174,7 @@ class Plan:
         if has_changed and status != "allowed":
             log(f"plan: status={status} window={name} used={self.used_percentages()}")
         if is_extra and not was_extra:
-            log("plan: extra usage is being drawn on, and billed")
+            log("plan: extra usage is in use, and is billed")
 
     def check(self, limit: float, model: str, now: float) -> None:
         """Raises APIError 429 while `limit` percent of a window are used."""
@@ -5192,8 +5235,8 @@ def plan_window(window: Json) -> PlanWindow:
 
 
 def applies_to(window_name: str, model: str) -> bool:
-    """Whether the window limits this model. That of extra usage is no part of the
-    plan."""
+    """Whether a window limits this model. Other windows, such as the one of extra
+    usage, do not belong to the plan."""
     if window_name in CODEX_WINDOWS:
         return True
     if window_name.startswith(MODEL_WINDOW_PREFIX):
@@ -5236,7 +5279,7 @@ class UsageHistory:
         self.hours: dict[tuple[int, str], Json] = {}
 
     def add(self, record: Json) -> None:
-        """Add a request: see `requests` in Service.status()."""
+        """Add a request. `record` is made by Handler.request_record()."""
         with self.lock:
             self.requests.appendleft(record)
             if record["output_tokens"] is not None:
@@ -5271,9 +5314,9 @@ class UsageHistory:
 class Service:
     """What all requests share.
 
-    `lock` guards the models and `known_conversations`; no other lock is taken under it.
-    The other parts guard themselves. `is_stopping` is set once, by the main thread,
-    which also is the only one to use `next_models_query`.
+    `lock` guards `models`, `models_key` and `known_conversations`; no other lock is
+    taken while it is held. The queue, the pool and the other parts have their own
+    locks. Only the main thread sets `is_stopping`, once, and uses `next_models_query`.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -5302,7 +5345,7 @@ class Service:
             raise stopping_error()
 
     def knows_conversation(self, conversation: SentState) -> bool:
-        """Whether this server gave the last answer in it."""
+        """Whether this server gave the last answer of this conversation."""
         key = conversation.conversation_hash()
         with self.lock:
             return key in self.known_conversations
@@ -5315,8 +5358,9 @@ class Service:
                 del self.known_conversations[next(iter(self.known_conversations))]
 
     def end_process(self, process: CliProcess, answer: Answer) -> None:
-        """End a process whose answer is complete. It is read on for what it tells of
-        the plan, unless the CLI would ask the API again meanwhile."""
+        """Stop a process whose answer is complete. Before that, the main thread waits a
+        moment for its rate_limit_event, unless the CLI might send another request to
+        the API meanwhile."""
         signal_number = signal.SIGTERM if answer.will_stop else signal.SIGKILL
         reads_on = answer.stop_reason in (*FINAL_STOP_REASONS, "tool_use")
         is_empty = answer.stop_reason != "tool_use" and not str(answer.content)
@@ -5327,7 +5371,7 @@ class Service:
             self.pool.retire(process, signal_number)
 
     def find_plan(self, process: CliProcess, lines: list[Json]) -> bool:
-        """Record a rate_limit_event -> whether there is one among the lines."""
+        """Record the plan's limits from the lines. Returns whether there were any."""
         found = False
         for line in lines:
             info = line.get("rate_limit_info")
@@ -5337,8 +5381,9 @@ class Service:
         return found
 
     def manage_processes(self, listener: socket.socket | None = None) -> bool:
-        """One round of the main loop: wait for what the pool waits for, and serve it.
-        Returns whether a client waits at `listener`, which the pool's selector has."""
+        """One round of the main loop: manage the processes, wait, and serve their
+        pipes. Returns whether a client is waiting at `listener`, which is registered
+        with the pool's selector."""
         client_waits = False
         self.pool.tick()
         self.update_models()
@@ -5379,13 +5424,14 @@ class Service:
             self.pool.watch(process, Watch(is_done, deadline, signal.SIGTERM))
 
     def find_models(self, key: Any, process: CliProcess, lines: list[Json]) -> bool:
-        """Take the models from the answer to `initialize` -> whether it has come."""
+        """Record the models from the answer to `initialize`. Returns whether it has
+        come."""
         if process.initialize_answer is None:
             return False
         try:
             offered = offered_models(process.initialize_answer)
         except MALFORMED_LINE_ERRORS:
-            log("The Claude CLI listed its models in an unknown format.")
+            log("models: Claude Code listed them in an unknown format")
             offered = []
         with self.lock:
             self.models = ModelCatalog(offered)
@@ -5393,8 +5439,8 @@ class Service:
         return True
 
     def record_success(self, generation: Generation) -> None:
-        """The answers are complete: the login works, and the next step of a tool loop
-        will need their signed thinking."""
+        """Record what complete answers show: the login and the CLI work. Remember their
+        signed thinking, which the next step of a tool loop needs."""
         self.installation.record_accepted_login()
         self.pool.record_answer()
         for choice in generation.choices:
@@ -5425,7 +5471,8 @@ class Service:
                 self.plan.record(choice.decoder.rate_limit, time.time())
 
     def finish(self, generation: Generation, writer: Writer) -> None:
-        """The response has been sent: prepare for the turn that follows it."""
+        """Remember a complete answer, and prepare for the turn that follows it. Called
+        when the response has been sent, or the client has left."""
         if not generation.is_complete() or len(generation.choices) > 1:
             return
         try:
@@ -5440,8 +5487,8 @@ class Service:
             self.pool.request_spare(conversation, only_extend=True)
 
     def close(self, is_busy: Callable[[], bool]) -> None:
-        """End every process. Running answers get a moment; `is_busy` tells whether
-        there are any."""
+        """Stop every process, after a moment for the answers that are being written.
+        `is_busy` returns whether there are any."""
         self.installation.close()
         self.pool.close_spares()
         self.wait_until_idle(is_busy, DRAIN_SECONDS)
@@ -5452,8 +5499,8 @@ class Service:
         self.pool.close()
 
     def wait_until_idle(self, is_busy: Callable[[], bool], seconds: float) -> None:
-        """Wait until all requests are answered and all processes reaped, but no longer.
-        A client that does not read is not waited for any longer than that."""
+        """Wait until all requests are answered and all processes are reaped, or until
+        `seconds` have passed: a client may not read its answer."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             self.pool.reap()
@@ -5539,12 +5586,12 @@ class Service:
 
 
 def no_request() -> bool:
-    """Where no server runs, no request is being answered."""
+    """For Service.close(): without a server there are no requests."""
     return False
 
 
 def log_failed_process(error: APIError, process: CliProcess) -> None:
-    """How a CLI failed, without a word of its own: what it prints may hold prompts."""
+    """Log how a CLI failed, but nothing that it printed, which may hold prompts."""
     exit_code = process.process.poll()
     ending = "running" if exit_code is None else f"exit={exit_code}"
     size = process.stderr_size()
@@ -5552,8 +5599,9 @@ def log_failed_process(error: APIError, process: CliProcess) -> None:
 
 
 # ── HTTP ─────────────────────────────────────────────────────────────────────────
-# To add an endpoint, add a method to Handler and a row to ROUTES. All access checks are
-# in Handler.check_access(), in order.
+# To add an endpoint, add a method to Handler and a row to ROUTES. The access checks are
+# in Handler.check_access(), in order; read_json() also checks the content type of what
+# browsers send.
 
 CONTINUE_RESPONSE = b"HTTP/1.1 100 Continue\r\n\r\n"  # an interim one (RFC 9110, 15.2)
 
@@ -5561,11 +5609,11 @@ CONTINUE_RESPONSE = b"HTTP/1.1 100 Continue\r\n\r\n"  # an interim one (RFC 9110
 class ClientConnection(io.RawIOBase):
     """The client's socket: reads with a deadline, writes, and notices that it left.
 
-    The deadline is for a whole request, so that a slow sender can't hold a thread for
-    ever. `read_ahead` is what the client sent while it waited for its answer.
-    `ignored_bytes` are bytes that the client ignores if they are sent now: they probe
-    whether a client that has closed its sending side still reads; None if there are
-    none.
+    `deadline` is for all headers of a request together, and then for its body, so that
+    a client that sends slowly can't hold a thread forever. `read_ahead` is what the
+    client sent while it waited for its answer. `ignored_bytes` are bytes that a client
+    skips at this point of the response. They are sent to find out whether a client that
+    has closed its sending side still reads. None: there are no such bytes.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -5580,7 +5628,7 @@ class ClientConnection(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Called by io.BufferedReader. Raises TimeoutError."""
+        """Called by io.BufferedReader. Raises OSError, also for a timeout."""
         if self.read_ahead:
             count = min(len(buffer), len(self.read_ahead))
             buffer[:count] = self.read_ahead[:count]
@@ -5603,11 +5651,13 @@ class ClientConnection(io.RawIOBase):
         self.connection.sendall(data)
 
     def is_full(self) -> bool:
-        """Whether so much was read ahead that we can't see whether the end follows."""
+        """Whether `read_ahead` is full. Then we read no further, and can't notice that
+        the client leaves."""
         return len(self.read_ahead) >= MAX_READ_AHEAD_BYTES
 
     def check_connected(self) -> None:
-        """Raises DisconnectedError if the client has left. What it sends is kept."""
+        """Raises DisconnectedError if the client has left. Reads from the socket into
+        `read_ahead`, and may write `ignored_bytes`."""
         if self.is_full():
             return
         if not self.input_has_ended:
@@ -5627,8 +5677,9 @@ class ClientConnection(io.RawIOBase):
         self.input_has_ended = data == b""
 
     def probe(self) -> None:
-        """A client may close its sending side and still read (RFC 9112, 9.6). A closed
-        socket answers a write with a reset, and fails the next one."""
+        """Write twice to find out whether the client, which has closed its sending
+        side, still reads (RFC 9112, 9.6). If it does not, the first write is answered
+        with a reset, and the second one fails."""
         if time.monotonic() < self.next_probe:
             return
         if self.ignored_bytes is None:
@@ -5643,8 +5694,8 @@ class ClientConnection(io.RawIOBase):
 
 
 class RecordingReader(io.BufferedReader):
-    """A BufferedReader that keeps what readline() returns, while `record` is set. The
-    parser of http.server hides which bytes separated the headers."""
+    """A BufferedReader that also appends each line to `record`, if that is set: the
+    headers that http.server has parsed no longer show the bytes between them."""
 
     record: bytearray | None = None
 
@@ -5679,21 +5730,22 @@ class Server(http.server.ThreadingHTTPServer):
         self.busy: set[Handler] = set()
 
     def server_bind(self) -> None:
-        """Without HTTPServer's getfqdn(), which can wait for a name server."""
+        """As in HTTPServer, but without getfqdn(), which may wait for a name server."""
         super(http.server.HTTPServer, self).server_bind()
         host, port = self.server_address[:2]
         self.server_name = str(host)
         self.server_port = int(port)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """An exception outside Handler.handle_request(). A client that leaves is no
-        error."""
+        """Log an exception from outside Handler.handle_request(), unless it is an
+        OSError: the client has left."""
         error = sys.exc_info()[1]
         if error is not None and not isinstance(error, OSError):
             log_exception(error)
 
     def run(self) -> None:
-        """The main thread's part: accept, manage the processes, until stopping."""
+        """The main loop: accept connections and manage the processes, until a
+        signal."""
         self.service.pool.selector.register(self.socket, selectors.EVENT_READ)
         while not self.service.is_stopping:
             try:
@@ -5750,8 +5802,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.rfile = RecordingReader(self.client)
 
     def handle_one_request(self) -> None:
-        """Read a request and answer it. http.server's own would look for a method of
-        this class for each HTTP method."""
+        """Read a request and answer it. The method of http.server would look for a
+        do_GET(), do_POST() and so on."""
         self.start_request()
         try:
             self.raw_requestline = self.rfile.readline(65537)
@@ -5784,7 +5836,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # Parsing.
 
     def parse_request(self) -> bool:
-        """http.server's parser, and checks of RFC 9112 that it lacks."""
+        """Parse with http.server, and add what it lacks. Section numbers are those of
+        RFC 9112."""
         if self.raw_requestline in (b"\r\n", b"\n"):
             self.close_connection = False  # an empty line is skipped (2.2)
             return False
@@ -5806,7 +5859,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return True
 
     def accept_absolute_url(self) -> None:
-        """The host of an absolute URL counts, not the Host header (3.2.2)."""
+        """Use the host of an absolute URL instead of the Host header (RFC 9112,
+        3.2.2)."""
         match = re.match("(?i)https?://([^/?]*)(.*)", self.path)
         if match is not None:
             if len(self.headers.get_all("Host", [])) == 1:
@@ -5815,12 +5869,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def is_malformed(self) -> bool:
         """Whether a header is folded or broken, or holds a control character, such as a
-        bare CR: others may read it otherwise (2.2, 5.1, 5.2)."""
+        bare CR. A proxy in front may read it differently (RFC 9112, 2.2, 5.1, 5.2)."""
         is_bad = re.search(rb"\r(?!\n)|\n[ \t]|[^\t\r\n -~\x80-\xff]", self.raw_head)
         return is_bad is not None or bool(self.headers.defects)
 
     def handle_request(self) -> None:
-        """Answer any request."""
+        """Answer a request whose head has been parsed, and log it."""
         self.server.set_busy(self, True)
         try:
             self.check_access()
@@ -5832,7 +5886,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except (DisconnectedError, OSError):
             self.status = 499  # nginx's status for "client closed request"
             self.close_connection = True
-        except Exception as error:  # a bug of ours must not look like a hang-up
+        except Exception as error:  # the client must get an answer in any case
             log_exception(error)
             self.answer_error(APIError(500, "Internal error of the proxy."))
         finally:
@@ -5841,9 +5895,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.skip_body()
 
     def check_access(self) -> None:
-        """All access checks. Raises APIError 400, 401, 403 or 503."""
+        """Refuse a request that may come from another site, has no key, or comes while
+        the server is stopping. Raises APIError 400, 401, 403 or 503."""
         if self.is_malformed():
-            raise APIError(400, "A header is malformed.")
+            message = "A header is folded, or holds a character that is not allowed."
+            raise APIError(400, message)
         self.check_host()
         self.check_origin()
         key = self.server.settings.api_key
@@ -5852,7 +5908,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.service.refuse_when_stopping()
 
     def asks_for_page(self) -> bool:
-        """The page holds no data. It asks its reader for the key of /status."""
+        """Whether this asks for the page, which needs no key: it holds no data, and
+        asks the user for the key of /status."""
         return normalized_path(self.path) == ""
 
     def check_host(self) -> None:
@@ -5941,7 +5998,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # Endpoints.
 
     def answer_preflight(self) -> None:
-        """CORS (Fetch standard, 3.3): what a browser asks before the request."""
+        """Answer the request that a browser sends before another one, to ask whether it
+        is allowed (CORS, Fetch standard, 3.3)."""
         requested = self.headers.get("Access-Control-Request-Headers", "*")
         headers = {
             "Access-Control-Allow-Methods": "GET, POST",
@@ -6022,8 +6080,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def read_json(self) -> Any:
         """The JSON of the request body. Raises APIError 400, 413 or 415.
 
-        The content type matters only where a browser sent the request: a page of
-        another site can send JSON without a preflight only under another type.
+        The content type is only checked if a browser sent the request. Without a
+        preflight, a page of another site can send JSON only with another content type.
         """
         from_browser = "Origin" in self.headers or "Sec-Fetch-Site" in self.headers
         if from_browser and self.headers.get_content_type() != "application/json":
@@ -6055,8 +6113,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return codings
 
     def read_body(self) -> bytes:
-        """By Content-Length or chunked (RFC 9112, 6 and 7.1), never both. Raises
-        APIError 400 or 413, and DisconnectedError."""
+        """Read the body: with a Content-Length, or chunked (RFC 9112, 6 and 7.1), never
+        both. Raises APIError 400 or 413, and DisconnectedError."""
         lengths = self.headers.get_all("Content-Length", [])
         codings = self.headers.get_all("Transfer-Encoding", [])
         if len(lengths) + len(codings) > 1:
@@ -6065,7 +6123,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise ambiguous_length_error()
         length = lengths[0].strip(" \t") if lengths else "0"
         if not re.fullmatch(r"[0-9]{1,18}", length):
-            raise APIError(400, "Content-Length must be a number.")
+            raise APIError(400, "The Content-Length header must be a whole number.")
         if int(length) > MAX_BODY_BYTES:
             raise too_large_error()
         expectation = self.headers.get("Expect", "").strip().lower()
@@ -6099,8 +6157,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return bytes(body)
 
     def skip_body(self) -> None:
-        """Closing with unread data sends a reset, which can destroy our answer. So read
-        for two seconds, then close."""
+        """If the body was not read, read what comes for up to two seconds, and have the
+        connection closed. Closing it with unread data would send a reset, by which the
+        client could lose our answer."""
         if self.body_is_unread:
             self.close_connection = True
             with contextlib.suppress(OSError):
@@ -6132,7 +6191,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.client.send(self.format_head(status, headers) + data)
 
     def format_head(self, status: int, headers: dict[str, str]) -> bytes:
-        """Status line and headers. They are sent together with what follows."""
+        """The status line and the headers, as bytes. Sets `status`, because they are
+        about to be sent."""
         self.status = status
         all_headers = {"Date": self.date_time_string(), "Vary": "Origin"}
         origin = self.headers.get("Origin")
@@ -6201,7 +6261,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return headers
 
     def answer_error(self, error: APIError) -> None:
-        """Answer with an error. If headers are sent already, just close."""
+        """Send an error. If the response has begun, close the connection instead."""
         if self.status:
             self.close_connection = True
             return
@@ -6211,7 +6271,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def send_error(
         self, code: int, message: str | None = None, explain: str | None = None
     ) -> None:
-        """http.server's own complaints about a malformed request, in our shape."""
+        """Called by http.server for a malformed request: answer in the form of our
+        other errors."""
         self.close_connection = True
         text = str(message or self.responses[code][0])
         self.answer_error(APIError(int(code), text[:200]))
@@ -6220,7 +6281,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # Logging.
 
     def log_request_line(self, seconds: float) -> None:
-        """Time, status, method, path; then what is known, as name=value."""
+        """Log the request: time, status, method and path, then name=value fields. Add a
+        request for an answer to the history, too."""
         record = self.request_record(seconds)
         path = ascii_only(record["endpoint"])
         fields = [str(self.status), self.command or "?", path]
@@ -6293,15 +6355,15 @@ ROUTES = {  # the paths are without /v1
     "/chat/completions": Route(WRITE_METHODS, Handler.post_chat),
     "/responses": Route(WRITE_METHODS, Handler.post_response),
 }
-# How containers of Docker and Podman call the machine they run on. Nobody can register
-# a name in .internal (ICANN, 2024).
+# The names under which containers of Docker and Podman reach their host. No one can
+# register a name in .internal (ICANN, 2024).
 CONTAINER_HOSTS = ("host.docker.internal", "host.containers.internal")
 CONTENT_CODINGS = {"gzip": 31, "x-gzip": 31, "deflate": 47}  # zlib's wbits
 
 
 def normalized_path(url: str) -> str:
-    """The path of a URL without /v1, as people configure it: with a slash too many, or
-    with /v1 twice."""
+    """The path of a URL, without /v1 and without the double slashes or the second /v1
+    that a wrong base URL leads to."""
     path = urllib.parse.unquote(url.split("?")[0])
     path = re.sub("/+", "/", path).rstrip("/")
     return re.sub("^(/v1)+(?=/)", "", path)
@@ -6341,7 +6403,8 @@ def too_large_error() -> APIError:
 
 
 def ambiguous_length_error() -> APIError:
-    return APIError(400, "The length of the request body is ambiguous.")
+    message = "Give the body's length once: Content-Length, or chunked encoding."
+    return APIError(400, message)
 
 
 def malformed_chunks_error() -> APIError:
@@ -6359,7 +6422,8 @@ class Finding(NamedTuple):
 
 
 def check_installation(service: Service) -> list[Finding]:
-    """What is right or wrong with this machine. Takes seconds: the CLI is asked."""
+    """Check the CLI, its login and the environment. This runs the CLI, which takes
+    seconds."""
     findings = []
     binary, problem = service.check()
     if binary is not None:
@@ -6375,8 +6439,8 @@ def check_installation(service: Service) -> list[Finding]:
     billing = [name for name in BILLING_VARIABLES if os.environ.get(name)]
     if billing:
         text = (
-            f"{', '.join(billing)} is set, but is not passed to Claude Code: with it, "
-            "usage would be billed per token."
+            "not passed on to Claude Code, because usage would be billed per token: "
+            f"{', '.join(billing)}"
         )
         findings.append(Finding("note", text))
     return findings
@@ -6386,8 +6450,8 @@ def bind_problem(settings: Settings, error: OSError) -> str:
     address = f"{settings.host}:{settings.port}"
     reason = error.strerror or str(error)
     return (
-        f"can't listen on {address} ({reason}): choose another --port, or stop what "
-        "listens there"
+        f"can't listen on {address}: {reason}. Choose another --host or --port, or "
+        "stop the program that uses it."
     )
 
 
@@ -6410,7 +6474,7 @@ def check_port(settings: Settings) -> Finding:
 
 
 def running_server_health(settings: Settings) -> Json | None:
-    """/health of a server that listens there, if it is one of ours."""
+    """The /health of the server that uses the port; None if it is not this program."""
     connection = http.client.HTTPConnection(
         settings.host, settings.port, timeout=CLI_COMMAND_SECONDS
     )
@@ -6438,12 +6502,12 @@ def plan_text(plan: Any) -> str:
                 text = f"{text} until {reset}"
             texts.append(text)
     if plan.get("extra_usage"):
-        texts.append("extra usage is being drawn on, and billed")
+        texts.append("extra usage is in use, and is billed")
     return ", ".join(texts)
 
 
 def run_checks(settings: Settings) -> int:
-    """--check: print a line for each thing that must be right -> the exit code."""
+    """--check: print a line for each finding, and return the exit code."""
     service = Service(dataclasses.replace(settings, spares=0))
     findings = [Finding("ok", f"Python {sys.version.split()[0]}")]
     findings += check_installation(service)
@@ -6466,7 +6530,7 @@ def models_text(service: Service) -> str:
 
 
 def print_banner(settings: Settings, port: int, findings: list[Finding]) -> None:
-    """Where the server is, what was found, what to try: once, on stderr."""
+    """Print the server's address, the findings, and a command to try, on stderr."""
     host = "localhost" if is_loopback(settings.host) else settings.host
     url = f"http://{host}:{port}/v1"
     key = ' -H "Authorization: Bearer $KEY"' if settings.api_key else ""
@@ -6481,8 +6545,9 @@ def print_banner(settings: Settings, port: int, findings: list[Finding]) -> None
 
 
 def announce(server: Server) -> None:
-    """Check the installation, print the banner, and start the spares. This runs in a
-    thread of its own, because a CLI that hangs must not keep requests waiting."""
+    """Check the installation, print the banner, have the spares started, and print the
+    models. This runs in a thread of its own, because a CLI that hangs must not keep
+    requests waiting."""
     try:
         findings = check_installation(server.service)
         print_banner(server.settings, server.server_port, findings)
@@ -6524,7 +6589,7 @@ def handle_signals(service: Service) -> None:
 
 
 def main() -> int:
-    if sys.stderr is None:  # it was closed: no log
+    if sys.stderr is None:  # the process was started with stderr closed
         sys.stderr = open(os.devnull, "w")
     settings, only_check = parse_options(sys.argv[1:])
     if only_check:
@@ -6562,8 +6627,8 @@ def page_policy(page: str) -> str:
     )
 
 
-# What GET / answers with. The page asks GET /status every five seconds while it is
-# visible. What it is told it shows as text, never as markup: a model may have any name.
+# The answer to GET /. The page asks for /status every five seconds while it is visible.
+# It inserts what it gets as text, never as markup: a model may have any name.
 PAGE = r"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -6684,7 +6749,7 @@ function planWindow(name, { used, resets_at, status }, limit, now) {
   const percent = known ? Math.round(100 * used) : 0;
   const stopped = known && limit > 0 && 100 * used >= limit;
   let text = known ? `${percent}% used` : UNKNOWN;
-  if (stopped) text += ", requests are stopped";
+  if (stopped) text += ", requests are refused";
   if (resets_at) text += `, reset: ${when(resets_at, MINUTE)}`;
   const bar = element("svg", { class: `bar ${stopped ? "rejected" : status}`,
     role: "meter", "aria-label": title, "aria-valuenow": Math.min(percent, 100),
@@ -6703,7 +6768,7 @@ function showPlan(plan, now) {
   update("plan", ...bars.flat(), facts({
     "Plan": (plan.tier ?? plan.type)?.replaceAll("_", " "),
     "Limits as of": when(plan.updated_at, MINUTE),
-    "Requests stop": limit > 0 ? `at ${limit}% of a window` : "never: more is billed",
+    "Requests stop": limit > 0 ? `at ${limit}% of a limit` : "never",
     "Extra usage": { true: "in use", false: "not in use" }[plan.extra_usage],
   }));
 }
@@ -6756,7 +6821,7 @@ function show({ version, now, uptime, status, message, ...told }) {
   main.hidden = false;
   main.classList.remove("stale");
   if (key) sessionStorage.setItem("key", key);
-  const extra = "Extra usage is being drawn on: it is billed beyond your plan.";
+  const extra = "Extra usage is in use. It is billed in addition to your plan.";
   update("state", element("p", { class: status }, message ?? "Ready"),
     element("p", { class: "warning" }, plan.extra_usage ? extra : ""));
   showPlan(plan, now);
@@ -6801,7 +6866,7 @@ async function refresh() {
   if (response.ok) return show(told);
   form.hidden = response.status !== 401;
   const asked = response.status === 401 && !key;
-  showProblem(asked ? "This server asks for its API key." : told.error.message);
+  showProblem(asked ? "Enter the server's API key." : told.error.message);
 }
 
 function refreshIfVisible() {

@@ -5551,7 +5551,8 @@ def test_pool_prepares_a_spare_when_the_answer_begins(
 def test_pool_failed_answer_is_not_sent_to_a_spare(spare_server):
     spare_server.announce()
     history = [user("a"), spare_server.chat("a").message]
-    history.append(user("mock:cut=2 mock:else=other"))
+    # Slowly, so that the answer has begun when it fails.
+    history.append(user("mock:cut=2 mock:else=other mock:gap_ms=200"))
     spare_server.settle()
     assert spare_server.chat(history).status == 502
     assert spare_server.spare_states() == [prepared(3), BLANK]
