@@ -38,9 +38,10 @@ tools, and without your settings, hooks and MCP servers; `@file` in a prompt is 
 expanded. Prompts are never logged. When a client disconnects, its CLI is stopped; when
 the server stops, all of them are.
 
-Sections: Limits · Errors · Settings · JSON values · Tool schemas · Request parsing ·
-CLI protocol · Decoding · Writers · Installation · CLI process · Process pool ·
-Generation · HTTP · Main · Page
+Sections: Limits · Errors · Logging · Settings · JSON values · Tool schemas ·
+Answer cache · Models · Request parsing · Tools and tool choice · Conversation ·
+Content · CLI protocol · Decoding · Writers · Installation · CLI process · Process pool ·
+Generation · Plan and usage · Service · HTTP · Main · Page
 
 MIT license, see LICENSE.
 """
@@ -313,6 +314,10 @@ MALFORMED_LINE_ERRORS = (
 )
 
 
+# ── Logging ──────────────────────────────────────────────────────────────────────
+# Everything goes to stderr. Callers must not pass a request's text.
+
+
 def ascii_only(text: str) -> str:
     """Replace spaces and all but printable ASCII by "?", so that `text` stays one field
     of a log line."""
@@ -520,7 +525,7 @@ def is_loopback(host: str) -> bool:
     """Whether a host name or address can only mean this machine (RFC 6761, 6.3)."""
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
-    return re.fullmatch(r"([a-z0-9-]+\.)*localhost\.?", host) is not None
+    return re.fullmatch(r"([a-z0-9-]+\.)*localhost\.?", host.lower()) is not None
 
 
 # ── JSON values ──────────────────────────────────────────────────────────────────
@@ -995,11 +1000,101 @@ KEYWORDS: dict[str, Converter] = {
 }
 
 
-# ── Request parsing ──────────────────────────────────────────────────────────────
-# From the JSON of a request to a Request. Without I/O; the only state is AnswerCache,
-# which the parser reads. To support a new parameter, add a row to CHAT_PARAMETERS or
-# RESPONSE_PARAMETERS, and read it in parse_chat() or parse_response(). To support a new
-# kind of content, add a row to CONTENT_PARTS.
+# ── Answer cache ─────────────────────────────────────────────────────────────────
+# What later requests need of past answers, in memory.
+
+
+class SignedAnswer(NamedTuple):
+    """The blocks of an answer with tool calls. The API requires its thinking blocks to
+    be sent back unchanged. Their signature is valid only for the model that made it,
+    `signed_by`. `model` is the CLI's name of the model that was asked for."""
+
+    model: str
+    signed_by: str
+    blocks: list[Json]
+
+
+class StoredResponse(NamedTuple):
+    """What a response added to its conversation: the items of the request and of the
+    answer. `previous_id` is the id of the response that it continues."""
+
+    previous_id: str | None
+    items: list[Json]
+
+
+class AnswerCache:
+    """Remembers what later requests need of past answers. Only in memory.
+
+    There are three tables: signed answers by the id of each of their calls, the texts
+    of items by the item's id, and responses by their id. Together they hold about
+    `max_bytes`; the oldest entries are dropped first. `lock` guards all fields.
+    """
+
+    def __init__(self, max_bytes: int = MAX_REMEMBERED_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self.lock = threading.Lock()
+        self.signed_answers: dict[str, SignedAnswer] = {}
+        self.item_texts: dict[str, str] = {}
+        self.responses: dict[str, StoredResponse] = {}
+        self.entries: collections.deque[tuple[dict[str, Any], list[str], int]]
+        self.entries = collections.deque()  # (table, keys, size), the oldest first
+        self.size = 0
+
+    def add_signed_answer(self, call_ids: list[str], answer: SignedAnswer) -> None:
+        size = len(json.dumps(answer.blocks))
+        self.add(self.signed_answers, call_ids, answer, size)
+
+    def add_item_text(self, item_id: str, text: str) -> None:
+        self.add(self.item_texts, [item_id], text, len(text))
+
+    def add_response(self, response_id: str, response: StoredResponse) -> None:
+        size = len(json.dumps(response.items))
+        self.add(self.responses, [response_id], response, size)
+
+    def add(
+        self, table: dict[str, Any], keys: list[str], value: Any, size: int
+    ) -> None:
+        """Store `value` under each of `keys`, and forget the oldest entries."""
+        with self.lock:
+            for key in keys:
+                table[key] = value
+            self.entries.append((table, keys, size))
+            self.size += size
+            while self.size > self.max_bytes:
+                old_table, old_keys, old_size = self.entries.popleft()
+                for key in old_keys:
+                    old_table.pop(key, None)
+                self.size -= old_size
+
+    def find_signed_answer(self, call_ids: Iterable[str]) -> SignedAnswer | None:
+        with self.lock:
+            for call_id in call_ids:
+                if call_id in self.signed_answers:
+                    return self.signed_answers[call_id]
+        return None
+
+    def find_item_text(self, item_id: str) -> str | None:
+        with self.lock:
+            return self.item_texts.get(item_id)
+
+    def find_conversation(self, response_id: str) -> list[Json] | None:
+        """All items of the conversation up to this response, the oldest first; None if
+        one of its responses is not known."""
+        parts: list[list[Json]] = []
+        next_id: str | None = response_id
+        with self.lock:
+            while next_id is not None:
+                response = self.responses.get(next_id)
+                if response is None:
+                    return None
+                parts.append(response.items)
+                next_id = response.previous_id
+        return [item for part in reversed(parts) for item in part]
+
+
+# ── Models ───────────────────────────────────────────────────────────────────────
+# The models that a client may ask for, and their names. Pure: no sockets, processes or
+# clock.
 
 
 class Model(NamedTuple):
@@ -1053,6 +1148,10 @@ class ModelCatalog:
                 known.add(model.id)
                 self.models.append(model)
 
+    def parse_name(self, name: JsonValue) -> Model:
+        """The model that the parameter `model` names. Raises APIError 400 or 404."""
+        return self.find(name.require(str))
+
     def find(self, name: str) -> Model:
         """The model that a client calls `name`. Raises APIError 404.
 
@@ -1088,6 +1187,12 @@ def offered_models(initialize_answer: Json) -> list[Model]:
     return models
 
 
+# ── Request parsing ──────────────────────────────────────────────────────────────
+# From the JSON of a request to a Request. Without I/O; the only state is AnswerCache,
+# which the parser reads. To support a new parameter, add a row to CHAT_PARAMETERS or
+# RESPONSE_PARAMETERS, and read it in parse_chat() or parse_response(). To support a new
+# kind of content, add a row to CONTENT_PARTS.
+
 # Models whose thinking has a budget. In a tool loop the API requires their signed
 # thinking block to be sent back (Messages API, "Preserving thinking blocks").
 BUDGET_MODEL = re.compile(r"haiku|claude-3|-4-[0-5](?!\d)|-4-20\d{6}")
@@ -1113,12 +1218,11 @@ DEFAULT_VALUES: tuple[Any, ...] = (False, 0, [], ["text"], "none")
 
 class Row(NamedTuple):
     """How a parameter, tool type or item type is treated, a note on that for the user,
-    the JSON types that a parameter accepts, and the error code if it is refused."""
+    and the JSON types that a parameter accepts."""
 
     treatment: str
     reason: str
     types: tuple[type, ...] = ()
-    code: str = "unsupported_parameter"
 
 
 STRING = (str,)
@@ -1245,13 +1349,13 @@ ECHOED_FIELDS: Json = {
 
 @dataclasses.dataclass(frozen=True)
 class QueryOptions:
-    """Settings that are sent together with the last turn. `tool_choice` is JSON text of
-    the Messages API. The CLI's default applies where a field is "" or 0."""
+    """Settings that are sent together with the last turn. `tool_choice` is the
+    Messages API's. The CLI's default applies where a field is empty or 0."""
 
     effort: str = ""
     thinking: bool = True
     max_tokens: int = 0
-    tool_choice: str = ""
+    tool_choice: Json = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1312,92 +1416,8 @@ class Request:
     output: Output
 
 
-class SignedAnswer(NamedTuple):
-    """The blocks of an answer with tool calls. The API requires its thinking blocks to
-    be sent back unchanged. Their signature is valid only for the model that made it,
-    `signed_by`. `model` is the CLI's name of the model that was asked for."""
-
-    model: str
-    signed_by: str
-    blocks: list[Json]
-
-
-class StoredResponse(NamedTuple):
-    """What a response added to its conversation: the items of the request and of the
-    answer. `previous_id` is the id of the response that it continues."""
-
-    previous_id: str | None
-    items: list[Json]
-
-
-class AnswerCache:
-    """Remembers what later requests need of past answers. Only in memory.
-
-    There are three tables: signed answers by the id of each of their calls, the texts
-    of items by the item's id, and responses by their id. Together they hold about
-    `max_bytes`; the oldest entries are dropped first. `lock` guards all fields.
-    """
-
-    def __init__(self, max_bytes: int = MAX_REMEMBERED_BYTES) -> None:
-        self.max_bytes = max_bytes
-        self.lock = threading.Lock()
-        self.signed_answers: dict[str, SignedAnswer] = {}
-        self.item_texts: dict[str, str] = {}
-        self.responses: dict[str, StoredResponse] = {}
-        self.entries: collections.deque[tuple[dict[str, Any], list[str], int]]
-        self.entries = collections.deque()  # (table, keys, size), the oldest first
-        self.size = 0
-
-    def add_signed_answer(self, call_ids: list[str], answer: SignedAnswer) -> None:
-        size = len(json.dumps(answer.blocks))
-        self.add(self.signed_answers, call_ids, answer, size)
-
-    def add_item_text(self, item_id: str, text: str) -> None:
-        self.add(self.item_texts, [item_id], text, len(text))
-
-    def add_response(self, response_id: str, response: StoredResponse) -> None:
-        size = len(json.dumps(response.items))
-        self.add(self.responses, [response_id], response, size)
-
-    def add(
-        self, table: dict[str, Any], keys: list[str], value: Any, size: int
-    ) -> None:
-        """Store `value` under each of `keys`, and forget the oldest entries."""
-        with self.lock:
-            for key in keys:
-                table[key] = value
-            self.entries.append((table, keys, size))
-            self.size += size
-            while self.size > self.max_bytes:
-                old_table, old_keys, old_size = self.entries.popleft()
-                for key in old_keys:
-                    old_table.pop(key, None)
-                self.size -= old_size
-
-    def find_signed_answer(self, call_ids: Iterable[str]) -> SignedAnswer | None:
-        with self.lock:
-            for call_id in call_ids:
-                if call_id in self.signed_answers:
-                    return self.signed_answers[call_id]
-        return None
-
-    def find_item_text(self, item_id: str) -> str | None:
-        with self.lock:
-            return self.item_texts.get(item_id)
-
-    def find_conversation(self, response_id: str) -> list[Json] | None:
-        """All items of the conversation up to this response, the oldest first; None if
-        one of its responses is not known."""
-        parts: list[list[Json]] = []
-        next_id: str | None = response_id
-        with self.lock:
-            while next_id is not None:
-                response = self.responses.get(next_id)
-                if response is None:
-                    return None
-                parts.append(response.items)
-                next_id = response.previous_id
-        return [item for part in reversed(parts) for item in part]
+# Parses one parameter of a request. Raises APIError 400 or 404.
+ParameterParser = Callable[[JsonValue], Any]
 
 
 class Context(NamedTuple):
@@ -1409,99 +1429,179 @@ class Context(NamedTuple):
 
 def parse_chat(raw: Any, context: Context) -> Request:
     """Parse a chat completion request. Raises APIError 400 or 404."""
-    body = parse_parameters(raw, CHAT_PARAMETERS, context.models)
-    if not body.get("messages").value:
-        raise body.get("messages").error("must have at least one message.")
-    builder = ConversationBuilder()
-    for message in body.get("messages").items():
-        builder.add_message(message)
-    functions = []
-    for tool in body.get("tools").items():
-        checked_type(tool, ("function",), "function")
-        functions.append(tool.get("function"))
-    max_tokens = positive_int(body.get("max_completion_tokens"))
-    if not max_tokens:
-        max_tokens = positive_int(body.get("max_tokens"))
-    plan = RequestPlan(
+    parsers: dict[str, ParameterParser] = {
+        "model": context.models.parse_name,
+        "messages": parse_messages,
+        "tools": parse_chat_tools,
+        "response_format": parse_response_format,
+        "reasoning_effort": parse_effort,
+        "max_tokens": positive_int,
+        "max_completion_tokens": positive_int,
+        "n": parse_choice_count,
+        "stop": parse_stop,
+        "stream_options": parse_include_usage,
+    }
+    values = parse_parameters(raw, CHAT_PARAMETERS, parsers)
+    body = JsonValue(raw)
+    builder: ConversationBuilder = values["messages"]
+    parts = RequestParts(
         body=body,
         builder=builder,
-        tools=parse_functions(functions),
-        answer_schema=chat_answer_schema(body.get("response_format")),
-        effort=body.get("reasoning_effort"),
-        max_tokens=max_tokens,
-        stop=parse_stop(body.get("stop")),
+        tools=values["tools"],
+        answer_schema=values["response_format"],
+        effort=values["reasoning_effort"],
+        max_tokens=values["max_completion_tokens"] or values["max_tokens"],
+        stop=values["stop"],
     )
-    include_usage = body.get("stream_options").get("include_usage").optional(bool)
     output = Output(
         model=body.get("model").value,
         stream=bool(body.get("stream").value),
-        choices=positive_int(body.get("n"), MAX_CHOICES) or 1,
-        include_usage=bool(include_usage),
+        choices=values["n"],
+        include_usage=values["stream_options"],
         ignored_kinds=tuple(builder.ignored_kinds),
     )
-    return build_request(plan, output, context)
+    return build_request(parts, output, context)
 
 
 def parse_response(raw: Any, context: Context) -> Request:
     """Parse a request of /v1/responses. Raises APIError 400 or 404."""
-    body = parse_parameters(raw, RESPONSE_PARAMETERS, context.models)
-    if body.get("input").value is None:
-        raise body.get("input").error("is missing.")
-    builder = ConversationBuilder()
-    instructions = body.get("instructions")
-    if instructions.value is not None:
-        builder.add_system(parse_content(instructions, TEXT_PARTS))
-    previous_items = find_previous_items(body.get("previous_response_id"), context)
-    for item in JsonValue(previous_items, "previous_response_id").items():
-        add_item(builder, item, context.cache)
-    input_items = body.get("input").value
-    if type(input_items) is str:
-        input_items = [{"role": "user", "content": input_items}]
-    for item in JsonValue(input_items, "input").items():
-        add_item(builder, item, context.cache)
-    functions, call_fields = response_functions(body.get("tools"))
-    plan = RequestPlan(
+    parsers: dict[str, ParameterParser] = {
+        "model": context.models.parse_name,
+        "instructions": parse_instructions,
+        "previous_response_id": functools.partial(find_previous_items, context.cache),
+        "input": functools.partial(parse_input, raw, context.cache),
+        "tools": response_functions,
+        "text": parse_text_format,
+        "reasoning": parse_reasoning,
+        "max_output_tokens": positive_int,
+    }
+    values = parse_parameters(raw, RESPONSE_PARAMETERS, parsers)
+    body = JsonValue(raw)
+    builder: ConversationBuilder = values["input"]
+    functions, call_fields = values["tools"]
+    effort, show_reasoning = values["reasoning"]
+    parts = RequestParts(
         body=body,
         builder=builder,
         tools=parse_functions(functions),
-        answer_schema=response_answer_schema(body.get("text").get("format")),
-        effort=body.get("reasoning").get("effort"),
-        max_tokens=positive_int(body.get("max_output_tokens")),
+        answer_schema=values["text"],
+        effort=effort,
+        max_tokens=values["max_output_tokens"],
     )
     output = Output(
         model=body.get("model").value,
         stream=bool(body.get("stream").value),
         ignored_kinds=tuple(builder.ignored_kinds),
-        show_reasoning=bool(body.get("reasoning").get("summary").optional(str)),
+        show_reasoning=show_reasoning,
         call_fields=call_fields,
         echo=echoed_fields(raw),
         store=body.get("store").value is not False,
-        input_items=input_items,
+        input_items=input_items(body.get("input").value),
     )
-    return build_request(plan, output, context)
+    return build_request(parts, output, context)
 
 
-def parse_parameters(raw: Any, rows: dict[str, Row], models: ModelCatalog) -> JsonValue:
-    """Check the types of a request's parameters, in the order of the body, and return
-    the body. Unknown parameters are ignored. Raises APIError 400, or 404 for the model.
+def parse_parameters(
+    raw: Any, rows: dict[str, Row], parsers: dict[str, ParameterParser]
+) -> dict[str, Any]:
+    """Check the parameters of a request, and call the parser of each that has one.
+
+    This is done in the order of the body, so that of several bad parameters the first
+    one is reported; those that are absent come last, as null. Unknown parameters are
+    ignored. Returns the parsers' results by name. Raises APIError 400 or 404.
     """
     if type(raw) is not dict:
         raise APIError(400, "The request body must be a JSON object.")
     body = JsonValue(raw)
-    for name in raw:
-        row = rows.get(name)
-        if row is None:
-            continue
+    absent = [name for name in parsers if name not in raw]
+    results = {}
+    for name in [*raw, *absent]:
         parameter = body.get(name)
-        value = parameter.optional(*row.types)
-        if value is None:
-            continue
-        if row.treatment == REFUSED and value not in DEFAULT_VALUES:
-            raise parameter.error(f"is not supported: {row.reason}.", row.code)
-        if name == "model":
-            models.find(value)
-    body.get("model").require(str)
-    return body
+        if name in rows:
+            check_parameter(parameter, rows[name])
+        if name in parsers:
+            results[name] = parsers[name](parameter)
+    return results
+
+
+def check_parameter(parameter: JsonValue, row: Row) -> None:
+    """Raises APIError 400 for a value of the wrong type, or one that asks for something
+    that is not supported."""
+    value = parameter.optional(*row.types)
+    if value is None or value in DEFAULT_VALUES:
+        return
+    if row.treatment == REFUSED:
+        problem = f"is not supported: {row.reason}."
+        raise parameter.error(problem, "unsupported_parameter")
+
+
+def parse_messages(messages: JsonValue) -> ConversationBuilder:
+    if not messages.value:
+        raise messages.error("must have at least one message.")
+    builder = ConversationBuilder()
+    for message in messages.items():
+        builder.add_message(message)
+    builder.finish()
+    return builder
+
+
+def parse_input(
+    raw: Json, cache: AnswerCache, input_value: JsonValue
+) -> ConversationBuilder:
+    """The conversation of a Responses request: its instructions, the responses that it
+    continues, and its own input."""
+    if input_value.value is None:
+        raise input_value.error("is missing.")
+    body = JsonValue(raw)
+    builder = ConversationBuilder()
+    builder.add_system(parse_instructions(body.get("instructions")))
+    previous_items = find_previous_items(cache, body.get("previous_response_id"))
+    for item in JsonValue(previous_items, "previous_response_id").items():
+        add_item(builder, item, cache)
+    for item in JsonValue(input_items(input_value.value), "input").items():
+        add_item(builder, item, cache)
+    builder.finish()
+    return builder
+
+
+def input_items(value: Any) -> Any:
+    """The `input` of a Responses request as items: a text is a message of the user."""
+    if type(value) is str:
+        return [{"role": "user", "content": value}]
+    return value
+
+
+def parse_instructions(instructions: JsonValue) -> list[Json]:
+    if instructions.value is None:
+        return []
+    return parse_content(instructions, TEXT_PARTS)
+
+
+def parse_choice_count(value: JsonValue) -> int:
+    count = positive_int(value, MAX_CHOICES)
+    return count if count else 1
+
+
+def parse_include_usage(stream_options: JsonValue) -> bool:
+    return bool(stream_options.get("include_usage").optional(bool))
+
+
+def parse_reasoning(reasoning: JsonValue) -> tuple[str, bool]:
+    """Returns the effort, and whether to return Claude's thinking."""
+    effort = parse_effort(reasoning.get("effort"))
+    show_reasoning = bool(reasoning.get("summary").optional(str))
+    return effort, show_reasoning
+
+
+def parse_effort(effort: JsonValue) -> str:
+    """OpenAI's reasoning_effort; "" if it is absent. Raises APIError 400."""
+    if effort.value is None:
+        return ""
+    name: str = effort.require(str)
+    if name not in EFFORT_LEVELS:
+        choices = ", ".join(level for level in EFFORT_LEVELS if level)
+        raise effort.error(f"must be one of {choices}.")
+    return name
 
 
 def positive_int(value: JsonValue, maximum: int = MAX_TOKENS) -> int:
@@ -1525,11 +1625,11 @@ def parse_stop(value: JsonValue) -> tuple[str, ...]:
     return tuple(string.value for string in strings if string.require(str))
 
 
-def find_previous_items(response_id: JsonValue, context: Context) -> list[Json]:
+def find_previous_items(cache: AnswerCache, response_id: JsonValue) -> list[Json]:
     """The conversation that `previous_response_id` continues. Raises APIError 400."""
     if response_id.value is None:
         return []
-    items = context.cache.find_conversation(response_id.value)
+    items = cache.find_conversation(response_id.require(str))
     if items is None:
         message = (
             f"Previous response with id '{response_id.value[:100]}' not found. The "
@@ -1562,94 +1662,83 @@ def echoed_tool(tool: Json) -> Json:
     return {"description": None, "parameters": None, "strict": False, **tool}
 
 
-def answer_schema(schema_type: str, schema: JsonValue) -> ToolSchema | None:
+def parse_response_format(response_format: JsonValue) -> ToolSchema | None:
+    """`response_format` of chat completions: the schema is in its `json_schema`."""
+    holder = response_format.get("json_schema")
+    return parse_answer_format(response_format, holder)
+
+
+def parse_text_format(text: JsonValue) -> ToolSchema | None:
+    """`text` of /v1/responses: the schema is a member of its `format`."""
+    text_format = text.get("format")
+    return parse_answer_format(text_format, text_format)
+
+
+def parse_answer_format(
+    answer_format: JsonValue, schema_holder: JsonValue
+) -> ToolSchema | None:
     """The JSON schema that the answer must match; None for a text."""
-    if schema_type == "json_schema":
+    if answer_format.value is None:
+        return None
+    format_type = checked_type(answer_format, ("text", "json_object", "json_schema"))
+    if format_type == "json_schema":
+        schema = schema_holder.get("schema")
         schema.require(dict)
         return to_tool_schema(schema)
-    if schema_type == "json_object":
+    if format_type == "json_object":
         return ToolSchema({"additionalProperties": True}, False)
     return None
 
 
-ANSWER_FORMATS = ("text", "json_object", "json_schema")
-
-
-def chat_answer_schema(response_format: JsonValue) -> ToolSchema | None:
-    """`response_format` of chat completions: the schema is in its `json_schema`."""
-    if response_format.value is None:
-        return None
-    schema_type = checked_type(response_format, ANSWER_FORMATS)
-    return answer_schema(schema_type, response_format.get("json_schema").get("schema"))
-
-
-def response_answer_schema(text_format: JsonValue) -> ToolSchema | None:
-    """`text.format` of /v1/responses: the schema is one of its members."""
-    if text_format.value is None:
-        return None
-    schema_type = checked_type(text_format, ANSWER_FORMATS)
-    return answer_schema(schema_type, text_format.get("schema"))
-
-
-class RequestPlan(NamedTuple):
+class RequestParts(NamedTuple):
     """The parts of a request that both endpoints have, before they are put together."""
 
     body: JsonValue
     builder: ConversationBuilder
     tools: ToolSet
     answer_schema: ToolSchema | None
-    effort: JsonValue
+    effort: str  # OpenAI's; "" if it is absent
     max_tokens: int  # 0: no limit
     stop: tuple[str, ...] = ()
 
 
-def build_request(plan: RequestPlan, output: Output, context: Context) -> Request:
-    """Put a request together. Raises APIError 400 or 404."""
+def build_request(parts: RequestParts, output: Output, context: Context) -> Request:
+    """Put a request together. Raises APIError 400."""
     model = context.models.find(output.model).cli_name
-    tools = plan.tools
-    tool_choice = parse_tool_choice(plan.body, tools)
-    called_tools = plan.builder.called_tool_names()
+    tools = parts.tools
+    tool_choice = parse_tool_choice(parts.body, tools)
+    called_tools = parts.builder.called_tool_names()
     if called_tools and not tools.mcp_tools:
         # The API requires a definition of every tool that the history calls.
         for name in called_tools:
             tools.add_uncallable(name)
         tool_choice = {"type": "none"}
-    if plan.answer_schema is not None:
-        tool_choice = add_structured_output(tools, plan.answer_schema, tool_choice)
-    turns = plan.builder.finish()
+    if parts.answer_schema is not None:
+        tool_choice = add_structured_output(tools, parts.answer_schema, tool_choice)
+    turns = parts.builder.turns
     prepare_history(turns, tools.wrapped, model, context.cache)
+    options = QueryOptions(
+        effort=EFFORT_LEVELS[parts.effort],
+        thinking=allows_thinking(
+            model, parts.effort, parts.max_tokens, tool_choice, turns
+        ),
+        max_tokens=parts.max_tokens,
+        tool_choice=tool_choice,
+    )
     prompt = Prompt(
         model=model,
-        system="\n\n".join(plan.builder.system),
+        system="\n\n".join(parts.builder.system),
         tools=tools.mcp_tools,
         turns=turns,
-        options=query_options(plan, model, tool_choice, turns),
+        options=options,
     )
     decoding = Decoding(
         tool_names=tools.names,
         wrapped_tools=frozenset(tools.wrapped),
         text_tools=frozenset(tools.text_tools),
-        stop=plan.stop,
+        stop=parts.stop,
     )
     return Request(prompt, decoding, output)
-
-
-def query_options(
-    plan: RequestPlan, model: str, tool_choice: Json, turns: list[Json]
-) -> QueryOptions:
-    """`tool_choice` is the Messages API's. Raises APIError 400 for the effort."""
-    effort = plan.effort.optional(str)
-    if effort is None:
-        effort = ""
-    if effort not in EFFORT_LEVELS:
-        choices = ", ".join(name for name in EFFORT_LEVELS if name)
-        raise plan.effort.error(f"must be one of {choices}.")
-    return QueryOptions(
-        effort=EFFORT_LEVELS[effort],
-        thinking=allows_thinking(model, effort, plan.max_tokens, tool_choice, turns),
-        max_tokens=plan.max_tokens,
-        tool_choice=json.dumps(tool_choice) if tool_choice else "",
-    )
 
 
 def allows_thinking(
@@ -1670,7 +1759,8 @@ def allows_thinking(
     return True
 
 
-# Tools.
+# ── Tools and tool choice ────────────────────────────────────────────────────────
+# The tools of a request, as MCP lists them to the CLI. Pure.
 
 # Structured output: we add this tool and make the model call it; its arguments are the
 # answer. (The CLI's own `jsonSchema` silently ignores schemas with keywords that it
@@ -1702,7 +1792,7 @@ class ToolSet:
     wrapped: set[str] = dataclasses.field(default_factory=set)
     text_tools: set[str] = dataclasses.field(default_factory=set)
 
-    def add_function(self, function: JsonValue) -> None:
+    def add_function(self, function: JsonValue, is_text: bool = False) -> None:
         """Add {name, description?, parameters?}. One that is declared twice alike
         counts once. Raises APIError 400."""
         client_name = function.get("name").require(str)
@@ -1720,7 +1810,7 @@ class ToolSet:
         self.mcp_tools.append(tool)
         if schema.is_wrapped:
             self.wrapped.add(name)
-        if function.get("type").value == "custom":
+        if is_text:
             self.wrapped.add(name)
             self.text_tools.add(name)
 
@@ -1733,11 +1823,21 @@ class ToolSet:
         self.mcp_tools = [tool for tool in self.mcp_tools if tool["name"] in names]
 
 
-def parse_functions(functions: list[JsonValue]) -> ToolSet:
-    tools = ToolSet()
-    for function in functions:
-        tools.add_function(function)
-    return tools
+def parse_chat_tools(tools: JsonValue) -> ToolSet:
+    """`tools` of chat completions."""
+    tool_set = ToolSet()
+    for tool in tools.items():
+        checked_type(tool, ("function",), "function")
+        tool_set.add_function(tool.get("function"))
+    return tool_set
+
+
+def parse_functions(functions: list[tuple[JsonValue, bool]]) -> ToolSet:
+    """The functions of /v1/responses, each with whether its input is a text."""
+    tool_set = ToolSet()
+    for function, is_text in functions:
+        tool_set.add_function(function, is_text)
+    return tool_set
 
 
 def mcp_tool(name: str, description: str, schema: Json) -> Json:
@@ -1780,7 +1880,9 @@ def tool_type_name(name: str) -> str:
     return re.sub(r"(_preview)?(_\d{4}_\d{2}_\d{2})?$", "", name)
 
 
-def response_functions(tools: JsonValue) -> tuple[list[JsonValue], dict[str, Json]]:
+def response_functions(
+    tools: JsonValue,
+) -> tuple[list[tuple[JsonValue, bool]], dict[str, Json]]:
     """The tools of /v1/responses as functions, and Output.call_fields."""
     functions = []
     call_fields: dict[str, Json] = {}
@@ -1792,16 +1894,16 @@ def response_functions(tools: JsonValue) -> tuple[list[JsonValue], dict[str, Jso
             problem = f"must be one of {choices}, not '{member.value[:50]}'."
             raise member.error(problem, "unsupported_type")
         if tool_type == "function":
-            functions.append(tool)
+            functions.append((tool, False))
         elif tool_type == "custom":
-            functions.append(custom_tool_function(tool))
+            functions.append((custom_tool_function(tool), True))
             name = tool.get("name").require(str)
             call_fields[name] = {"type": "custom_tool_call", "name": name}
         elif tool_type == "namespace":
             namespace = tool.get("name").require(str)
             for inner in tool.get("tools").items():
                 function = namespace_function(inner, namespace)
-                functions.append(function)
+                functions.append((function, False))
                 call_fields[function.value["name"]] = {
                     "name": inner.value["name"],
                     "namespace": namespace,
@@ -1894,7 +1996,10 @@ def chosen_tool(choice: JsonValue, tools: ToolSet) -> str:
     return api_name(name)
 
 
-# The conversation.
+# ── Conversation ─────────────────────────────────────────────────────────────────
+# A client's messages or items -> turns of the Messages API. Pure, but for what it looks
+# up in the AnswerCache. To support a new type of item, add a row to ITEM_TYPES, and a
+# function to ITEM_PARSERS.
 
 PLACEHOLDER_FIRST_TURN = "Begin."  # where the API requires a user turn
 PLACEHOLDER_LAST_TURN = "Continue."
@@ -2053,21 +2158,22 @@ class ConversationBuilder:
 
     def require_all_calls_answered(self) -> None:
         """Raises APIError 400 for the first call without a result."""
-        for client_id, call in self.open_calls.items():
-            message = (
-                f"The tool call '{client_id[:100]}' has no result. Send the result of "
-                "every call, with the id of the call."
-            )
-            raise APIError(400, message, None, call.function.path)
+        if not self.open_calls:
+            return
+        client_id, call = next(iter(self.open_calls.items()))
+        message = (
+            f"The tool call '{client_id[:100]}' has no result. Send the result of every "
+            "call, with the id of the call."
+        )
+        raise APIError(400, message, None, call.function.path)
 
-    def finish(self) -> list[Json]:
+    def finish(self) -> None:
         """The turns. The last one is the user's, as the API requires."""
         self.require_all_calls_answered()
         if not self.turns:
             self.append("user", [text_block(PLACEHOLDER_FIRST_TURN)])
         elif self.turns[-1]["role"] == "assistant":
             self.append("user", [text_block(PLACEHOLDER_LAST_TURN)])
-        return self.turns
 
 
 def add_item(builder: ConversationBuilder, item: JsonValue, cache: AnswerCache) -> None:
@@ -2082,41 +2188,59 @@ def add_item(builder: ConversationBuilder, item: JsonValue, cache: AnswerCache) 
     elif row.treatment == REFUSED:
         problem = f"'{item_type}' is not supported: {row.reason}."
         raise item.get("type").error(problem, "unsupported_type")
-    elif item_type == "message":
-        builder.add_message(item)
-    elif item_type == "agent_message":
-        builder.add_blocks("user", parse_agent_message(item))
-    elif item_type == "item_reference":
-        add_item_reference(builder, item.get("id"), cache)
-    elif item_type.endswith("_call"):
-        add_call_item(builder, item, item_type)
-    elif item_type.endswith("_output"):
-        blocks = parse_content(item.get("output"), MEDIA_PARTS)
-        builder.add_result(item.get("call_id"), blocks)
+    elif item_type in ITEM_PARSERS:
+        ITEM_PARSERS[item_type](builder, item, cache)
+
+
+def add_message_item(
+    builder: ConversationBuilder, item: JsonValue, cache: AnswerCache
+) -> None:
+    builder.add_message(item)
+
+
+def add_agent_message_item(
+    builder: ConversationBuilder, item: JsonValue, cache: AnswerCache
+) -> None:
+    builder.add_blocks("user", parse_agent_message(item))
+
+
+def add_function_call_item(
+    builder: ConversationBuilder, item: JsonValue, cache: AnswerCache
+) -> None:
+    add_call_item(builder, item, parse_arguments(item.get("arguments")))
+
+
+def add_custom_call_item(
+    builder: ConversationBuilder, item: JsonValue, cache: AnswerCache
+) -> None:
+    add_call_item(builder, item, item.get("input").require(str))
+
+
+def add_output_item(
+    builder: ConversationBuilder, item: JsonValue, cache: AnswerCache
+) -> None:
+    blocks = parse_content(item.get("output"), MEDIA_PARTS)
+    builder.add_result(item.get("call_id"), blocks)
 
 
 def add_call_item(
-    builder: ConversationBuilder, item: JsonValue, item_type: str
+    builder: ConversationBuilder, item: JsonValue, arguments: Any
 ) -> None:
-    """Add a function_call or custom_tool_call."""
     function = item
     namespace = item.get("namespace").optional(str)
     if namespace:
         function = namespace_function(item, namespace)
-    if item_type == "custom_tool_call":
-        arguments = item.get("input").require(str)
-    else:
-        arguments = parse_arguments(item.get("arguments"))
     builder.add_call(item.get("call_id"), function, arguments)
 
 
 def add_item_reference(
-    builder: ConversationBuilder, item_id: JsonValue, cache: AnswerCache
+    builder: ConversationBuilder, item: JsonValue, cache: AnswerCache
 ) -> None:
     """Add the text of a message of a recent answer. A reasoning item is left out:
     signed thinking is found by the id of the call that followed it."""
+    item_id = item.get("id")
     name = item_id.require(str)
-    if name.startswith("rs_"):
+    if name.startswith(REASONING_ID_PREFIX):
         return
     text = cache.find_item_text(name)
     if text is None:
@@ -2130,6 +2254,7 @@ def add_item_reference(
 
 
 # How a text that OpenAI encrypted begins: base64 of Fernet's version byte, 0x80.
+REASONING_ID_PREFIX = "rs_"  # of the ids of reasoning items
 OPENAI_CIPHERTEXT_PREFIX = "gAAAA"
 
 
@@ -2160,6 +2285,19 @@ def parse_arguments(arguments: JsonValue) -> Json:
         if type(value) is dict:
             return value
     return {"arguments": without_lone_surrogates(text)}
+
+
+ITEM_PARSERS: dict[
+    str, Callable[[ConversationBuilder, JsonValue, AnswerCache], None]
+] = {
+    "message": add_message_item,
+    "agent_message": add_agent_message_item,
+    "function_call": add_function_call_item,
+    "custom_tool_call": add_custom_call_item,
+    "function_call_output": add_output_item,
+    "custom_tool_call_output": add_output_item,
+    "item_reference": add_item_reference,
+}
 
 
 def prepare_history(
@@ -2243,7 +2381,9 @@ def answer_turns(
     return builder.turns[1:]
 
 
-# Content.
+# ── Content ──────────────────────────────────────────────────────────────────────
+# Parts of messages -> content blocks of the Messages API. Pure. To support a new kind
+# of part, add a function to CONTENT_PARTS.
 
 TEXT_PARTS = ("text", "input_text", "output_text")
 ASSISTANT_PARTS = (*TEXT_PARTS, "refusal")
@@ -2601,8 +2741,8 @@ def query_lines(prompt: Prompt, version: Version) -> list[CliLine]:
     if not options.thinking:
         variables["CLAUDE_CODE_DISABLE_THINKING"] = "1"
     if options.tool_choice:
-        extra_body = f'{{"tool_choice":{options.tool_choice}}}'
-        variables["CLAUDE_CODE_EXTRA_BODY"] = extra_body
+        extra_body = {"tool_choice": options.tool_choice}
+        variables["CLAUDE_CODE_EXTRA_BODY"] = json.dumps(extra_body)
     lines = [query_line(prompt.turns[-1], version)]
     if variables:
         lines.insert(0, settings_line(env=variables))
@@ -2952,7 +3092,8 @@ class AnswerDecoder:
         self.events = []
         kind = line.get("type")
         handler = LINE_HANDLERS.get(kind) if type(kind) is str else None
-        if handler is not None and self.answer.finish_reason is None:
+        is_open = self.answer.finish_reason is None or kind == "rate_limit_event"
+        if handler is not None and is_open:
             try:
                 handler(self, line)
             except MALFORMED_LINE_ERRORS:
@@ -3020,10 +3161,14 @@ class AnswerDecoder:
         if "Task" in known:
             known.add("Agent")
         for tool in self.request.prompt.tools:
-            if tool["name"] not in known:
-                name = self.decoding.tool_names.get(tool["name"], tool["name"])
-                message = f"Claude Code rejected the input schema of tool '{name}'."
-                raise APIError(400, message, "invalid_schema", "tools")
+            if tool["name"] in known:
+                continue
+            if tool["name"] == STRUCTURED_OUTPUT:
+                message = "Claude Code rejected the JSON schema of the answer."
+                raise APIError(400, message, "invalid_schema")
+            name = self.decoding.tool_names.get(tool["name"], tool["name"])
+            message = f"Claude Code rejected the input schema of tool '{name}'."
+            raise APIError(400, message, "invalid_schema", "tools")
 
     def check_retry(self, line: Json) -> None:
         """The CLI announces that it will repeat its request. That only helps against an
@@ -3064,6 +3209,7 @@ class AnswerDecoder:
 
     def add_whole_message(self, message: Json) -> None:
         self.start_message(message)
+        self.answer.has_output = True
         for block in message["content"]:
             self.start_block(block)
             if block["type"] in ("text", "thinking") and self.open_block.emit:
@@ -3379,7 +3525,10 @@ class ChatWriter:
         """A chunk that changes nothing. (A comment would not reset the watchdogs of
         some clients.)"""
         if not self.started:
-            return self.write(0, MessageStarted())
+            self.started.add(0)
+            delta = {"role": "assistant", "content": ""}
+            choice = {"index": 0, "delta": delta, "finish_reason": None}
+            return self.chunk([choice])
         choice = {"index": 0, "delta": {"content": ""}, "finish_reason": None}
         return self.chunk([choice])
 
@@ -3511,7 +3660,8 @@ class ResponseWriter:
         self.created = int(clock())
         self.completed_at: int | None = None
         self.items: list[Json] = []
-        self.open_source: Any = None
+        self.open_type: str | None = None  # "message" or "reasoning"
+        self.open_call: int | None = None  # the index of a call
         self.pieces: list[str] = []
         self.failure: Json | None = None  # {code, message}
         self.unsent: list[str] = []  # events as text
@@ -3687,13 +3837,13 @@ class ResponseWriter:
 
     def add_text(self, item_type: str, text: str) -> None:
         """Add to the open message or reasoning, or open one."""
-        if self.open_source != item_type:
+        if self.open_type != item_type:
             self.close_item("completed")
             self.open_text_item(item_type)
         self.add_delta(text)
 
     def add_arguments(self, event: ToolCallDelta) -> None:
-        if self.open_source != event.call_index:
+        if self.open_call != event.call_index:
             raise interrupted_error()  # the retry put more text before this call
         self.add_delta(event.arguments)
 
@@ -3710,7 +3860,7 @@ class ResponseWriter:
         return f"{prefix}_{self.unique_id}{len(self.items)}"
 
     def open_text_item(self, item_type: str) -> None:
-        self.open_source = item_type
+        self.open_type = item_type
         self.pieces = []
         if item_type == "message":
             item = {
@@ -3721,7 +3871,11 @@ class ResponseWriter:
                 "content": [],
             }
         else:
-            item = {"type": "reasoning", "id": self.item_id("rs"), "summary": []}
+            item = {
+                "type": "reasoning",
+                "id": f"{REASONING_ID_PREFIX}{self.unique_id}{len(self.items)}",
+                "summary": [],
+            }
         self.items.append(item)
         self.add_output_item_event("added")
         part = ITEM_KINDS[item_type].part
@@ -3729,7 +3883,7 @@ class ResponseWriter:
             self.add_item_event(f"{part.event}.added", part=part.empty)
 
     def open_call_item(self, event: ToolCallStarted) -> None:
-        self.open_source = event.call_index
+        self.open_call = event.call_index
         self.pieces = []
         item = {
             "type": "function_call",
@@ -3747,9 +3901,10 @@ class ResponseWriter:
 
     def close_item(self, status: str) -> None:
         """End the open item, if any."""
-        if self.open_source is None:
+        if self.open_type is None and self.open_call is None:
             return
-        self.open_source = None
+        self.open_type = None
+        self.open_call = None
         item = self.items[-1]
         text = "".join(self.pieces)
         kind = ITEM_KINDS[item["type"]]
@@ -3896,7 +4051,8 @@ class Installation:
         self.binary: CliBinary | None = None
         self.login: Login | None = None  # None: not known
         self.next_login_check = 0.0
-        self.refusals = 0  # of the login, by the API
+        self.is_refused = False  # by the API, since the last check
+        self.refusals = 0
         self.running_command: subprocess.Popen[str] | None = None
         self.is_closed = False
 
@@ -3952,29 +4108,30 @@ class Installation:
                 login = self.read_login(binary.path)
                 with self.lock:
                     self.login = login
+                    self.is_refused = False
                     self.next_login_check = time.monotonic() + LOGIN_CHECK_SECONDS
         login = self.known_login()
         return binary, login.problem()
 
     def needs_login_check(self) -> bool:
         with self.lock:
-            if self.login is not None and not self.login.problem():
+            is_good = self.login is not None and not self.login.problem()
+            if is_good and not self.is_refused:
                 return False
             return time.monotonic() > self.next_login_check
 
     def known_login(self) -> Login:
+        """The login as far as it is known. One that the API refused is none."""
         with self.lock:
-            if self.login is None:
+            if self.login is None or self.is_refused:
                 return Login(is_logged_in=False)
             return self.login
 
     def login_key(self) -> tuple[Login, int] | None:
         """A value that changes when the login changes. None while nobody is logged
         in."""
-        with self.lock:
-            if self.login is None or not self.login.is_logged_in:
-                return None
-            return (self.login, self.refusals)
+        login = self.known_login()
+        return (login, self.refusals) if login.is_logged_in else None
 
     def read_login(self, path: str) -> Login:
         """Run `claude auth status`."""
@@ -3995,6 +4152,7 @@ class Installation:
         """The API accepted the login. (`claude auth status` only knows that there is
         one.)"""
         with self.lock:
+            self.is_refused = False
             if self.login is None or not self.login.is_logged_in:
                 self.login = Login(is_logged_in=True)
 
@@ -4002,7 +4160,7 @@ class Installation:
         """The API refused the login. This is reported for a while without asking the
         CLI, which would still say that it is logged in."""
         with self.lock:
-            self.login = Login(is_logged_in=False)
+            self.is_refused = True
             self.refusals += 1
             self.next_login_check = time.monotonic() + LOGIN_REFUSED_SECONDS
 
@@ -4088,12 +4246,26 @@ class CliProcess:
         self.stopped_at: float | None = None  # when it was first sent a signal
         self.initialize_answer: Json | None = None
         self.directory = tempfile.mkdtemp(dir=server_directory)
-        environment = cli_environment(binary.path)
+        try:
+            self.process = self.start(model, server_directory)
+        except OSError:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            raise
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.stdin = self.process.stdin
+        self.stdout = self.process.stdout
+        os.set_blocking(self.stdin.fileno(), False)
+        os.set_blocking(self.stdout.fileno(), False)
+
+    def start(self, model: str, server_directory: str) -> subprocess.Popen[bytes]:
+        """Raises OSError."""
+        environment = cli_environment(self.binary.path)
         environment["CLAUDE_CODE_TMPDIR"] = self.directory
         # A file, because the CLI blocks on a pipe that nobody reads.
         with open(os.path.join(self.directory, "stderr"), "wb") as stderr:
-            self.process = subprocess.Popen(
-                [binary.path, *CLI_ARGUMENTS, "--model", model],
+            return subprocess.Popen(
+                [self.binary.path, *CLI_ARGUMENTS, "--model", model],
                 bufsize=0,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -4102,12 +4274,6 @@ class CliProcess:
                 env=environment,
                 start_new_session=True,  # so that its children can be ended with it
             )
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.stdin = self.process.stdin
-        self.stdout = self.process.stdout
-        os.set_blocking(self.stdin.fileno(), False)
-        os.set_blocking(self.stdout.fileno(), False)
 
     def fits(self, wanted: SentState) -> bool:
         """Whether everything that it has been sent is the beginning of `wanted`. Before
@@ -4277,6 +4443,92 @@ def unregister(selector: selectors.BaseSelector, process: CliProcess) -> None:
             selector.unregister(pipe)
 
 
+DIRECTORY_PREFIX = "claude-max-"
+LOCK_FILE = "server.lock"  # locked while the server runs; the system unlocks it
+NO_TEMP_MESSAGE = "There is no usable directory for temporary files: set TMPDIR."
+
+
+def make_server_directory() -> str:
+    """Make a private directory, and return its path. If the directory for temporary
+    files is gone, another one is used. Raises OSError."""
+    try:
+        return tempfile.mkdtemp(prefix=DIRECTORY_PREFIX)
+    except FileNotFoundError:
+        tempfile.tempdir = None  # forget the one that tempfile has chosen before
+        return tempfile.mkdtemp(prefix=DIRECTORY_PREFIX)
+
+
+def lock_directory(directory: str) -> int:
+    """Lock the directory's file until this process ends, and return its descriptor.
+    Raises OSError: BlockingIOError if another process has locked it."""
+    path = os.path.join(directory, LOCK_FILE)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def remove_stale_directories() -> None:
+    """Remove the directories of servers that were killed: those of this user whose file
+    nobody has locked."""
+    with contextlib.suppress(OSError):
+        parent = tempfile.gettempdir()
+        for name in os.listdir(parent):
+            if name.startswith(DIRECTORY_PREFIX):
+                remove_if_stale(os.path.join(parent, name))
+
+
+def remove_if_stale(directory: str) -> None:
+    with contextlib.suppress(OSError):
+        is_own = os.lstat(directory).st_uid == os.getuid()
+        if is_own and os.path.isfile(os.path.join(directory, LOCK_FILE)):
+            descriptor = lock_directory(directory)
+            shutil.rmtree(directory, ignore_errors=True)
+            os.close(descriptor)
+
+
+class ServerDirectory:
+    """The directory of the CLI processes, below the one for temporary files.
+
+    It is locked while the server runs, so that another server can tell that it is in
+    use. `lock` guards all fields; no other lock is taken while it is held.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.path = ""
+        self.lock_descriptor = -1  # of LOCK_FILE in it
+
+    def ensure(self) -> str:
+        """Returns its path. It is made, with mode 0700, if it does not exist, or does
+        not exist any more. Raises APIError 503 if that fails."""
+        with self.lock:
+            try:
+                if not self.path or not os.path.isdir(self.path):
+                    self.close_lock()
+                    self.path = make_server_directory()
+                    self.lock_descriptor = lock_directory(self.path)
+                workdir = os.path.join(self.path, CLI_WORKDIR)
+                os.makedirs(workdir, 0o700, exist_ok=True)
+            except OSError:
+                raise APIError(503, NO_TEMP_MESSAGE, "no_temporary_directory") from None
+            return self.path
+
+    def close_lock(self) -> None:
+        """The caller holds `lock`."""
+        if self.lock_descriptor >= 0:
+            os.close(self.lock_descriptor)
+            self.lock_descriptor = -1
+
+    def remove(self) -> None:
+        with self.lock:
+            shutil.rmtree(self.path, ignore_errors=True)
+            self.close_lock()
+
+
 # ── Process pool ─────────────────────────────────────────────────────────────────
 # Processes that are started before they are needed, and the end of every process.
 # SparePool holds the rules and does nothing; ProcessPool starts, feeds and reaps.
@@ -4435,8 +4687,7 @@ class ProcessPool:
         self.last_request_at = time.monotonic()
         self.early_deaths = 0  # of spares, since the last answer
         self.next_start_at = 0.0
-        self.directory = ""
-        self.directory_lock = -1  # the descriptor of its locked file
+        self.directory = ServerDirectory()
         self.selector = selectors.DefaultSelector()
         self.wake_receiver, self.wake_sender = socket.socketpair()
         self.wake_receiver.setblocking(False)
@@ -4477,7 +4728,7 @@ class ProcessPool:
     def spawn(self, binary: CliBinary, model: str) -> CliProcess:
         """Start a process. Raises APIError 503."""
         try:
-            return CliProcess(binary, model, self.ensure_directory())
+            return CliProcess(binary, model, self.directory.ensure())
         except OSError as error:
             message = f"Claude Code can't be started: {error.strerror}."
             raise APIError(503, message, "no_cli") from None
@@ -4524,8 +4775,7 @@ class ProcessPool:
         """End all spares, for example because they use an old login."""
         with self.lock:
             for process in list(self.spares.processes):
-                self.remove_spare(process)
-                self.retire(process, signal.SIGTERM)
+                self.retire_spare(process)
 
     def wake(self) -> None:
         """Have the main thread call tick() now."""
@@ -4591,8 +4841,7 @@ class ProcessPool:
         with self.lock:
             for process in list(self.spares.processes):
                 if process.binary != binary:
-                    self.remove_spare(process)
-                    self.retire(process, signal.SIGTERM)
+                    self.retire_spare(process)
                     self.refill_is_due = True
 
     def prepare_requested(self, binary: CliBinary) -> None:
@@ -4635,8 +4884,7 @@ class ProcessPool:
                 return
             given_up = self.spares.choose_to_give_up()
             if given_up is not None:
-                self.remove_spare(given_up)
-                self.retire(given_up, signal.SIGTERM)
+                self.retire_spare(given_up)
             if not self.spares.count_missing():
                 return
         self.add_spare(self.spawn(binary, wanted.model), wanted)
@@ -4656,14 +4904,18 @@ class ProcessPool:
         self.spares.processes.remove(process)
         unregister(self.selector, process)
 
+    def retire_spare(self, process: CliProcess) -> None:
+        """The caller holds the lock."""
+        self.remove_spare(process)
+        self.retire(process, signal.SIGTERM)
+
     def replace_expired(self) -> None:
         now = time.monotonic()
         with self.lock:
             process = self.spares.choose_expired(now)
             if process is None:
                 return
-            self.remove_spare(process)
-            self.retire(process, signal.SIGTERM)
+            self.retire_spare(process)
             if now < self.last_request_at + NO_REQUEST_SECONDS:
                 self.refill_is_due = True
 
@@ -4686,25 +4938,28 @@ class ProcessPool:
     def on_ready(self, key: selectors.SelectorKey) -> None:
         """Serve what the selector found ready: a call of wake(), or a process's
         pipe."""
+        if key.fileobj is self.wake_receiver:
+            with contextlib.suppress(BlockingIOError):
+                self.wake_receiver.recv(4096)
+            return
         with self.lock:
-            if key.fileobj is self.wake_receiver:
-                with contextlib.suppress(BlockingIOError):
-                    self.wake_receiver.recv(4096)
-            elif key.data in self.watched:
-                self.read_watched(key.data)
-            elif key.data in self.spares.processes:
+            watch = self.watched.get(key.data)
+            if watch is None and key.data in self.spares.processes:
                 self.serve_spare(key)
             # Otherwise a request has taken the process meanwhile.
+        if watch is not None:
+            self.read_watched(key.data, watch)
 
-    def read_watched(self, process: CliProcess) -> None:
-        watch = self.watched[process]
+    def read_watched(self, process: CliProcess, watch: Watch) -> None:
+        """The lock is not held, because is_done() may log."""
         try:
             lines = process.read()
         except APIError:
             lines = []
             process.has_ended = True
         if watch.is_done(process, lines) or process.has_ended:
-            self.end_watch(process)
+            with self.lock:
+                self.end_watch(process)
 
     def serve_spare(self, key: selectors.SelectorKey) -> None:
         """Read from a spare or write to it. One that fails or ends is replaced. The
@@ -4722,8 +4977,7 @@ class ProcessPool:
             process.write()
         update_write_interest(self.selector, process)
         if failed or process.has_ended:
-            self.remove_spare(process)
-            self.retire(process, signal.SIGTERM)
+            self.retire_spare(process)
             self.record_death(process)
 
     def record_death(self, process: CliProcess) -> None:
@@ -4757,79 +5011,7 @@ class ProcessPool:
         self.selector.close()
         self.wake_receiver.close()
         self.wake_sender.close()
-        shutil.rmtree(self.directory, ignore_errors=True)
-        if self.directory_lock >= 0:
-            os.close(self.directory_lock)
-            self.directory_lock = -1
-
-    # The server's directory for temporary files.
-
-    def ensure_directory(self) -> str:
-        """The server's directory (mode 0700). It is made if it does not exist, or does
-        not exist any more. Raises APIError 503 if that fails."""
-        with self.lock:
-            workdir = os.path.join(self.directory, CLI_WORKDIR)
-            if self.directory and os.path.isdir(self.directory):
-                os.makedirs(workdir, 0o700, exist_ok=True)
-                return self.directory
-            try:
-                self.directory = make_server_directory()
-                workdir = os.path.join(self.directory, CLI_WORKDIR)
-                os.makedirs(workdir, 0o700)
-                if self.directory_lock >= 0:
-                    os.close(self.directory_lock)
-                self.directory_lock = lock_directory(self.directory)
-            except OSError:
-                self.directory = ""
-                raise APIError(503, NO_TEMP_MESSAGE, "no_temporary_directory") from None
-            return self.directory
-
-
-DIRECTORY_PREFIX = "claude-max-"
-LOCK_FILE = "server.lock"  # locked while the server runs; the system unlocks it
-NO_TEMP_MESSAGE = "There is no usable directory for temporary files: set TMPDIR."
-
-
-def make_server_directory() -> str:
-    """Make a private directory, and return its path. If the directory for temporary
-    files is gone, another one is used. Raises OSError."""
-    try:
-        return tempfile.mkdtemp(prefix=DIRECTORY_PREFIX)
-    except FileNotFoundError:
-        tempfile.tempdir = None  # forget the one that tempfile has chosen before
-        return tempfile.mkdtemp(prefix=DIRECTORY_PREFIX)
-
-
-def lock_directory(directory: str) -> int:
-    """Lock the directory's file until this process ends, and return its descriptor.
-    Raises OSError: BlockingIOError if another process has locked it."""
-    path = os.path.join(directory, LOCK_FILE)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def remove_stale_directories() -> None:
-    """Remove the directories of servers that were killed: those of this user whose file
-    nobody has locked."""
-    with contextlib.suppress(OSError):
-        parent = tempfile.gettempdir()
-        for name in os.listdir(parent):
-            if name.startswith(DIRECTORY_PREFIX):
-                remove_if_stale(os.path.join(parent, name))
-
-
-def remove_if_stale(directory: str) -> None:
-    with contextlib.suppress(OSError):
-        is_own = os.lstat(directory).st_uid == os.getuid()
-        if is_own and os.path.isfile(os.path.join(directory, LOCK_FILE)):
-            descriptor = lock_directory(directory)
-            shutil.rmtree(directory, ignore_errors=True)
-            os.close(descriptor)
+        self.directory.remove()
 
 
 # ── Generation ───────────────────────────────────────────────────────────────────
@@ -4849,9 +5031,9 @@ class RequestQueue:
         self.waiting: collections.deque[object] = collections.deque()
         self.changed = threading.Condition()
 
-    def acquire(self, count: int, client: ClientConnection) -> Iterator[None]:
-        """Take `count` places. While it waits for them, it yields every POLL_SECONDS.
-        Raises APIError 400 or 429, and DisconnectedError."""
+    def join(self, count: int) -> object:
+        """Wait in line for `count` places. Returns a ticket for try_acquire() and
+        leave(). Raises APIError 400 or 429."""
         if count > self.capacity:
             message = (
                 f"'n' must not exceed --max-concurrency, which is {self.capacity}."
@@ -4864,17 +5046,11 @@ class RequestQueue:
                 message = "Too many requests are queued."
                 raise APIError(429, message, "queue_full", None, headers)
             self.waiting.append(ticket)
-        try:
-            while not self.try_acquire(ticket, count):
-                yield
-                client.check_connected()
-        finally:
-            with self.changed:
-                self.waiting.remove(ticket)
-                self.changed.notify_all()
+        return ticket
 
     def try_acquire(self, ticket: object, count: int) -> bool:
-        """Wait for at most POLL_SECONDS. Returns whether it took the places."""
+        """Wait for at most POLL_SECONDS until it is this ticket's turn. Returns whether
+        the places are taken now."""
 
         def is_next() -> bool:
             has_room = self.active + count <= self.capacity
@@ -4885,6 +5061,12 @@ class RequestQueue:
                 return False
             self.active += count
             return True
+
+    def leave(self, ticket: object) -> None:
+        """Leave the line, with or without the places."""
+        with self.changed:
+            self.waiting.remove(ticket)
+            self.changed.notify_all()
 
     def release(self, count: int) -> None:
         with self.changed:
@@ -4986,8 +5168,14 @@ class Generation:
         in lists; an empty list if nothing has come for POLL_SECONDS. Raises APIError
         and DisconnectedError."""
         queue = self.service.queue
-        for _ in queue.acquire(len(self.choices), self.client):
-            yield []
+        count = len(self.choices)
+        ticket = queue.join(count)
+        try:
+            while not queue.try_acquire(ticket, count):
+                self.client.check_connected()
+                yield []
+        finally:
+            queue.leave(ticket)
         try:
             with contextlib.closing(OutputReader(self.client)) as reader:
                 self.start(reader)
@@ -4995,11 +5183,13 @@ class Generation:
                     yield self.read_events(reader)
             self.service.record_success(self)
         except APIError as error:
+            self.service.refuse_when_stopping()
             self.service.record_failure(error, self)
             raise
         finally:
             self.retire_processes()
-            queue.release(len(self.choices))
+            self.service.pool.request_refill()
+            queue.release(count)
 
     def start(self, reader: OutputReader) -> None:
         """Start a process for each choice. Raises APIError 503."""
@@ -5030,7 +5220,7 @@ class Generation:
         for choice in self.choices:
             process = choice.process
             for source, line in lines:
-                if source is process and choice.answer.finish_reason is None:
+                if source is process:
                     new_events = choice.decoder.decode(line)
                     events += [(choice.index, event) for event in new_events]
             if process is not None:
@@ -5047,7 +5237,7 @@ class Generation:
                 self.first_token_seconds = time.monotonic() - self.started_at
         if not self.answer_has_begun:
             self.answer_has_begun = True
-            if self.service.knows_conversation(self.conversation):
+            if self.service.conversations.contains(self.conversation):
                 self.prepare_next_turn()
             self.service.pool.request_refill()
         if not self.is_prepared:
@@ -5082,7 +5272,8 @@ class Generation:
         if choice.answer.finish_reason is not None:
             reader.remove(process)
             choice.process = None
-            self.service.end_process(process, choice.answer)
+            knows_limits = bool(choice.decoder.rate_limit)
+            self.service.end_process(process, choice.answer, knows_limits)
         elif process.stopped_at is not None:
             raise stopping_error()
         elif never_printed and (process.has_ended or is_dead_spare):
@@ -5104,11 +5295,14 @@ class Generation:
             if choice.process is not None:
                 self.service.pool.retire(choice.process, signal.SIGTERM)
                 choice.process = None
-        self.service.pool.request_refill()
 
 
 def stopping_error() -> APIError:
     return APIError(503, "The server is stopping.", "stopping")
+
+
+# ── Plan and usage ───────────────────────────────────────────────────────────────
+# How much of the plan is used, as the CLI tells, and what the last requests used.
 
 
 class PlanWindow(NamedTuple):
@@ -5311,13 +5505,96 @@ class UsageHistory:
         return {"hours": recent, "requests": requests}
 
 
-class Service:
-    """What all requests share.
+# ── Service ──────────────────────────────────────────────────────────────────────
+# What all requests share, and what is recorded of them.
 
-    `lock` guards `models`, `models_key` and `known_conversations`; no other lock is
-    taken while it is held. The queue, the pool and the other parts have their own
-    locks. Only the main thread sets `is_stopping`, once, and uses `next_models_query`.
+
+class KnownConversations:
+    """The conversations whose last answer this server gave, by a hash. `lock` guards
+    `hashes`; no other lock is taken while it is held."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.hashes: dict[bytes, None] = {}  # the oldest first
+
+    def contains(self, conversation: SentState) -> bool:
+        key = conversation.conversation_hash()
+        with self.lock:
+            return key in self.hashes
+
+    def add(self, conversation: SentState) -> None:
+        key = conversation.conversation_hash()
+        with self.lock:
+            self.hashes[key] = None
+            if len(self.hashes) > MAX_KNOWN_CONVERSATIONS:
+                oldest = next(iter(self.hashes))
+                del self.hashes[oldest]
+
+
+class KnownModels:
+    """The models that the CLI offers this login. It is asked once for a CLI and a
+    login.
+
+    `lock` guards `catalog` and `source`; no other lock is taken while it is held. Only
+    the main thread uses `next_query`.
     """
+
+    def __init__(self, installation: Installation, pool: ProcessPool) -> None:
+        self.installation = installation
+        self.pool = pool
+        self.lock = threading.Lock()
+        self.catalog = ModelCatalog()
+        self.source: Any = None  # the CLI and the login that the catalog is of
+        self.next_query = 0.0
+
+    def get(self) -> ModelCatalog:
+        with self.lock:
+            return self.catalog
+
+    def are_known(self) -> bool:
+        """Whether the CLI has said which models this login may use."""
+        with self.lock:
+            return self.source is not None
+
+    def update(self) -> None:
+        """Ask the CLI in a process of its own, which sends no request to the API, if
+        the CLI or the login is new."""
+        binary = self.installation.known_binary()
+        login = self.installation.login_key()
+        now = time.monotonic()
+        if binary is None or login is None or now < self.next_query:
+            return
+        source = (binary, login)
+        with self.lock:
+            if source == self.source:
+                return
+        self.next_query = now + RESTART_SECONDS
+        with contextlib.suppress(APIError):  # the next request reports it
+            process = self.pool.spawn(binary, "sonnet")
+            process.send(SentState("sonnet", initialize_options("", [])))
+            is_done = functools.partial(self.record, source)
+            deadline = now + CLI_COMMAND_SECONDS
+            self.pool.watch(process, Watch(is_done, deadline, signal.SIGTERM))
+
+    def record(self, source: Any, process: CliProcess, lines: list[Json]) -> bool:
+        """Record the models from the answer to `initialize`. Returns whether it has
+        come."""
+        if process.initialize_answer is None:
+            return False
+        try:
+            offered = offered_models(process.initialize_answer)
+        except MALFORMED_LINE_ERRORS:
+            log("models: Claude Code listed them in an unknown format")
+            offered = []
+        with self.lock:
+            self.catalog = ModelCatalog(offered)
+            self.source = source
+        return True
+
+
+class Service:
+    """What all requests share. Its parts have locks of their own. Only the main thread
+    sets `is_stopping`, once."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -5329,48 +5606,33 @@ class Service:
         self.history = UsageHistory()
         self.started_at = time.monotonic()
         self.is_stopping = False
-        self.lock = threading.Lock()
-        self.models = ModelCatalog()
-        self.models_key: Any = None  # the CLI and the login that they are of
-        self.next_models_query = 0.0
-        self.known_conversations: dict[bytes, None] = {}
+        self.conversations = KnownConversations()
+        self.models = KnownModels(self.installation, self.pool)
 
     def context(self) -> Context:
         """What parsing a request may refer to."""
-        with self.lock:
-            return Context(self.models, self.cache)
+        return Context(self.models.get(), self.cache)
 
     def refuse_when_stopping(self) -> None:
         if self.is_stopping:
             raise stopping_error()
 
-    def knows_conversation(self, conversation: SentState) -> bool:
-        """Whether this server gave the last answer of this conversation."""
-        key = conversation.conversation_hash()
-        with self.lock:
-            return key in self.known_conversations
-
-    def remember_conversation(self, conversation: SentState) -> None:
-        key = conversation.conversation_hash()
-        with self.lock:
-            self.known_conversations[key] = None
-            while len(self.known_conversations) > MAX_KNOWN_CONVERSATIONS:
-                del self.known_conversations[next(iter(self.known_conversations))]
-
-    def end_process(self, process: CliProcess, answer: Answer) -> None:
+    def end_process(
+        self, process: CliProcess, answer: Answer, knows_limits: bool
+    ) -> None:
         """Stop a process whose answer is complete. Before that, the main thread waits a
         moment for its rate_limit_event, unless the CLI might send another request to
         the API meanwhile."""
         signal_number = signal.SIGTERM if answer.will_stop else signal.SIGKILL
         reads_on = answer.stop_reason in (*FINAL_STOP_REASONS, "tool_use")
         is_empty = answer.stop_reason != "tool_use" and not str(answer.content)
-        if reads_on and not is_empty:
+        if reads_on and not is_empty and not knows_limits:
             deadline = time.monotonic() + RATE_LIMIT_EVENT_SECONDS
-            self.pool.watch(process, Watch(self.find_plan, deadline, signal_number))
+            self.pool.watch(process, Watch(self.record_plan, deadline, signal_number))
         else:
             self.pool.retire(process, signal_number)
 
-    def find_plan(self, process: CliProcess, lines: list[Json]) -> bool:
+    def record_plan(self, process: CliProcess, lines: list[Json]) -> bool:
         """Record the plan's limits from the lines. Returns whether there were any."""
         found = False
         for line in lines:
@@ -5386,7 +5648,9 @@ class Service:
         with the pool's selector."""
         client_waits = False
         self.pool.tick()
-        self.update_models()
+        active, _ = self.queue.counts()
+        if not active and not self.pool.is_starting(time.monotonic()):
+            self.models.update()  # not while others need the machine
         seconds = self.pool.seconds_to_next_tick()
         for key, _ in self.pool.selector.select(seconds):
             if listener is not None and key.fileobj is listener:
@@ -5394,49 +5658,6 @@ class Service:
             else:
                 self.pool.on_ready(key)
         return client_waits
-
-    def knows_models(self) -> bool:
-        """Whether the CLI has said which models this login may use."""
-        with self.lock:
-            return self.models_key is not None
-
-    def update_models(self) -> None:
-        """Ask the CLI, in a process of its own, which models this login may use; once
-        for a CLI and a login, and not while a request or a spare needs the machine."""
-        binary = self.installation.known_binary()
-        key = (binary, self.installation.login_key())
-        now = time.monotonic()
-        with self.lock:
-            is_known = key == self.models_key
-        if binary is None or key[1] is None or is_known:
-            return
-        if now < self.next_models_query:
-            return
-        active, _ = self.queue.counts()
-        if active or self.pool.is_starting(now):
-            return
-        self.next_models_query = now + RESTART_SECONDS
-        with contextlib.suppress(APIError):  # the next request reports it
-            process = self.pool.spawn(binary, "sonnet")
-            process.send(SentState("sonnet", initialize_options("", [])))
-            is_done = functools.partial(self.find_models, key)
-            deadline = now + CLI_COMMAND_SECONDS
-            self.pool.watch(process, Watch(is_done, deadline, signal.SIGTERM))
-
-    def find_models(self, key: Any, process: CliProcess, lines: list[Json]) -> bool:
-        """Record the models from the answer to `initialize`. Returns whether it has
-        come."""
-        if process.initialize_answer is None:
-            return False
-        try:
-            offered = offered_models(process.initialize_answer)
-        except MALFORMED_LINE_ERRORS:
-            log("models: Claude Code listed them in an unknown format")
-            offered = []
-        with self.lock:
-            self.models = ModelCatalog(offered)
-            self.models_key = key
-        return True
 
     def record_success(self, generation: Generation) -> None:
         """Record what complete answers show: the login and the CLI work. Remember their
@@ -5453,8 +5674,7 @@ class Service:
         self.record_limits(generation)
 
     def record_failure(self, error: APIError, generation: Generation) -> None:
-        """Raises APIError 503 instead if the server is stopping."""
-        self.refuse_when_stopping()
+        """Record what a failure shows: that the login was refused, for example."""
         self.record_limits(generation)
         if error.status == 401:
             self.installation.record_refused_login()
@@ -5473,7 +5693,7 @@ class Service:
     def finish(self, generation: Generation, writer: Writer) -> None:
         """Remember a complete answer, and prepare for the turn that follows it. Called
         when the response has been sent, or the client has left."""
-        if not generation.is_complete() or len(generation.choices) > 1:
+        if len(generation.choices) > 1:
             return
         try:
             turns = writer.answer_turns(self.cache)
@@ -5482,7 +5702,7 @@ class Service:
         conversation = state_with_turns(
             generation.state_after_query(), turns, generation.version
         )
-        self.remember_conversation(conversation)
+        self.conversations.add(conversation)
         if generation.is_prepared:
             self.pool.request_spare(conversation, only_extend=True)
 
@@ -5503,6 +5723,7 @@ class Service:
         `seconds` have passed: a client may not read its answer."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
+            self.pool.end_expired_watches()
             self.pool.reap()
             _, unreaped = self.pool.counts()
             if not unreaped and not is_busy():
@@ -5514,7 +5735,7 @@ class Service:
         binary, problem = self.installation.check()
         if not problem:
             try:
-                self.pool.ensure_directory()
+                self.pool.directory.ensure()
             except APIError as error:
                 problem = error.message
         return binary, problem
@@ -5628,7 +5849,8 @@ class ClientConnection(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Called by io.BufferedReader. Raises OSError, also for a timeout."""
+        """Called by io.BufferedReader. Raises DisconnectedError, also for a client that
+        is too slow."""
         if self.read_ahead:
             count = min(len(buffer), len(self.read_ahead))
             buffer[:count] = self.read_ahead[:count]
@@ -5638,17 +5860,23 @@ class ClientConnection(io.RawIOBase):
         if self.deadline is not None:
             remaining = self.deadline - time.monotonic()
         if remaining <= 0:
-            raise TimeoutError
-        self.connection.settimeout(remaining)
-        count = self.connection.recv_into(buffer)
+            raise DisconnectedError
+        try:
+            self.connection.settimeout(remaining)
+            count = self.connection.recv_into(buffer)
+        except OSError:
+            raise DisconnectedError from None
         if self.deadline is None:
             self.deadline = time.monotonic() + REQUEST_SECONDS
         return count
 
     def send(self, data: bytes) -> None:
-        """Raises OSError."""
-        self.connection.settimeout(WRITE_SECONDS)
-        self.connection.sendall(data)
+        """Raises DisconnectedError, also for a client that does not read."""
+        try:
+            self.connection.settimeout(WRITE_SECONDS)
+            self.connection.sendall(data)
+        except OSError:
+            raise DisconnectedError from None
 
     def is_full(self) -> bool:
         """Whether `read_ahead` is full. Then we read no further, and can't notice that
@@ -5684,12 +5912,9 @@ class ClientConnection(io.RawIOBase):
             return
         if self.ignored_bytes is None:
             raise DisconnectedError
-        try:
-            self.send(self.ignored_bytes)
-            time.sleep(0.02)
-            self.send(self.ignored_bytes)
-        except OSError:
-            raise DisconnectedError from None
+        self.send(self.ignored_bytes)
+        time.sleep(0.02)
+        self.send(self.ignored_bytes)
         self.next_probe = time.monotonic() + POLL_SECONDS
 
 
@@ -5737,10 +5962,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_port = int(port)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log an exception from outside Handler.handle_request(), unless it is an
-        OSError: the client has left."""
+        """Log an exception from outside Handler.handle_request()."""
         error = sys.exc_info()[1]
-        if error is not None and not isinstance(error, OSError):
+        if error is not None:
             log_exception(error)
 
     def run(self) -> None:
@@ -5816,7 +6040,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.close_connection = True
             elif self.parse_request():
                 self.handle_request()
-        except OSError:  # the client left, or was too slow: there is nobody to tell
+        except DisconnectedError:
             self.close_connection = True
 
     def start_request(self) -> None:
@@ -5829,6 +6053,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.raw_head = bytearray()  # the request line and the headers
         self.path = "?"
         self.is_generation = False  # it asks the model
+        self.is_answered = False  # all events of the answer have come
         self.status = 0  # until the status line has been sent
         self.body_is_unread = False
         self.started_at = time.monotonic()
@@ -5883,7 +6108,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer_error(error)
         except RecursionError:
             self.answer_error(APIError(400, "The JSON is nested too deeply."))
-        except (DisconnectedError, OSError):
+        except DisconnectedError:
             self.status = 499  # nginx's status for "client closed request"
             self.close_connection = True
         except Exception as error:  # the client must get an answer in any case
@@ -6066,10 +6291,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 for batch in batches:
                     for index, event in batch:
                         writer.record(index, event)
+            self.is_answered = True
             writer.remember(self.service.cache)  # before the client can refer to it
             self.send_json(200, writer.body(), self.service.plan.headers())
         finally:
-            self.service.finish(generation, writer)
+            if self.is_answered:
+                self.service.finish(generation, writer)
 
     # Reading.
 
@@ -6162,7 +6389,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         client could lose our answer."""
         if self.body_is_unread:
             self.close_connection = True
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, DisconnectedError):
                 self.connection.shutdown(socket.SHUT_WR)
                 self.client.deadline = time.monotonic() + 2
                 while "Expect" not in self.headers and self.rfile.read1(1 << 16):
@@ -6221,6 +6448,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if time.monotonic() > last_sent + KEEPALIVE_SECONDS:
                     self.send_event(writer.keep_alive())
                     last_sent = time.monotonic()
+            self.is_answered = True
             writer.remember(self.service.cache)  # before the client can refer to it
             text = writer.end()
         except APIError as error:
@@ -6265,7 +6493,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.status:
             self.close_connection = True
             return
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(DisconnectedError):
             self.send_json(error.status, {"error": error.to_json()}, error.headers)
 
     def send_error(
@@ -6515,7 +6743,7 @@ def run_checks(settings: Settings) -> int:
     end = time.monotonic() + MODELS_SECONDS
     while service.installation.login_key() is not None and time.monotonic() < end:
         service.manage_processes()
-        if service.knows_models():
+        if service.models.are_known():
             findings.append(Finding("ok", models_text(service)))
             break
     service.close(no_request)
@@ -6531,16 +6759,18 @@ def models_text(service: Service) -> str:
 
 def print_banner(settings: Settings, port: int, findings: list[Finding]) -> None:
     """Print the server's address, the findings, and a command to try, on stderr."""
-    host = "localhost" if is_loopback(settings.host) else settings.host
-    url = f"http://{host}:{port}/v1"
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    if settings.host in ("127.0.0.1", "::1"):
+        host = "localhost"
+    url = f"http://{host}:{port}"
     key = ' -H "Authorization: Bearer $KEY"' if settings.api_key else ""
     body = '{"model":"sonnet","messages":[{"role":"user","content":"Hello!"}]}'
-    lines = [f"claude_max_proxy {__version__} is listening on {url}"]
+    lines = [f"claude_max_proxy {__version__} is listening on {url}/v1"]
     for finding in findings:
         is_ok = finding.kind == "ok"
         lines.append(finding.text if is_ok else f"{finding.kind}: {finding.text}")
-    lines.append(f"status page: {url[: -len('/v1')]}/")
-    lines.append(f"try: curl {url}/chat/completions{key} -d '{body}'")
+    lines.append(f"status page: {url}/")
+    lines.append(f"try: curl {url}/v1/chat/completions{key} -d '{body}'")
     print_to_stderr("\n".join(lines))
 
 
@@ -6554,7 +6784,7 @@ def announce(server: Server) -> None:
         if all(finding.kind != "problem" for finding in findings):
             server.service.pool.request_refill()
             end = time.monotonic() + MODELS_SECONDS
-            while not server.service.knows_models() and time.monotonic() < end:
+            while not server.service.models.are_known() and time.monotonic() < end:
                 time.sleep(0.05)
         print_to_stderr(models_text(server.service))
     except Exception as error:
