@@ -40,8 +40,8 @@ the server stops, all of them are.
 
 Sections: Limits · Errors · Logging · Settings · JSON values · Tool schemas ·
 Answer cache · Models · Request parsing · Tools and tool choice · Conversation ·
-Content · CLI protocol · Decoding · Writers · Installation · CLI process · Process pool ·
-Generation · Plan and usage · Service · HTTP · Main · Page
+Content · CLI protocol · Decoding · Writers · Installation · CLI process ·
+Process pool · Generation · Plan and usage · Service · HTTP · Main · Page
 
 MIT license, see LICENSE.
 """
@@ -117,6 +117,7 @@ NO_REQUEST_SECONDS = 3600  # without any request for this long, spares are not r
 RESTART_SECONDS = 60  # the longest pause between two starts of a CLI that keeps dying
 PLAN_LIMIT_SECONDS = 60  # a 429 with a longer wait is the plan's limit, not throttling
 RATE_LIMIT_EVENT_SECONDS = 0.1  # how long to wait for this event after an answer
+PROBE_SECONDS = 1  # pause between two searches for a CLI that can't be used
 LOGIN_CHECK_SECONDS = 5  # pause between two checks of the login while logged out
 LOGIN_REFUSED_SECONDS = 60  # after a 401, report "not logged in" without a new check
 MODELS_SECONDS = 10  # how long the banner and --check wait for the CLI's models
@@ -701,7 +702,7 @@ def to_tool_schema(schema: JsonValue) -> ToolSchema:
     Raises APIError 400 if it does not describe an object."""
     if schema.optional(dict) is None:
         return ToolSchema({"type": "object"}, False)
-    if not allows_object(schema.get("type").value):
+    if not allows_object(type_value(schema.get("type"))):
         raise schema.error("must have the type 'object'.", "invalid_schema")
     converted = to_2020_12(schema)
     converted["type"] = "object"
@@ -717,12 +718,13 @@ def to_tool_schema(schema: JsonValue) -> ToolSchema:
     return ToolSchema(wrapped, True)
 
 
-def allows_object(type_value: Any) -> bool:
-    """Whether a schema with this `type`, or without any (None), allows an object."""
-    if type_value is None:
+def allows_object(schema_type: Any) -> bool:
+    """Whether a schema with this `type` allows an object; LEFT_OUT: it has none."""
+    if schema_type is LEFT_OUT:
         return True
-    names = type_value if isinstance(type_value, list) else [type_value]
-    return any(isinstance(name, str) and name.lower() == "object" for name in names)
+    if isinstance(schema_type, list):
+        return "object" in schema_type
+    return bool(schema_type == "object")
 
 
 def needs_wrapping(schema: Json) -> bool:
@@ -1019,7 +1021,7 @@ class StoredResponse(NamedTuple):
     answer. `previous_id` is the id of the response that it continues."""
 
     previous_id: str | None
-    items: list[Json]
+    items: str  # as JSON
 
 
 class AnswerCache:
@@ -1045,10 +1047,10 @@ class AnswerCache:
         self.add(self.signed_answers, call_ids, answer, size)
 
     def add_item_text(self, item_id: str, text: str) -> None:
-        self.add(self.item_texts, [item_id], text, len(text))
+        self.add(self.item_texts, [item_id], text, sys.getsizeof(text))
 
     def add_response(self, response_id: str, response: StoredResponse) -> None:
-        size = len(json.dumps(response.items))
+        size = len(response.items)
         self.add(self.responses, [response_id], response, size)
 
     def add(
@@ -1087,7 +1089,7 @@ class AnswerCache:
                 response = self.responses.get(next_id)
                 if response is None:
                     return None
-                parts.append(response.items)
+                parts.append(json.loads(response.items))
                 next_id = response.previous_id
         return [item for part in reversed(parts) for item in part]
 
@@ -1104,6 +1106,7 @@ class Model(NamedTuple):
     cli_name: str
     display_name: str
     description: str
+    full_id: str = ""  # if the CLI tells it
 
     def to_json(self) -> Json:
         """OpenAI's model object, and what the Messages API's has."""
@@ -1179,11 +1182,13 @@ def offered_models(initialize_answer: Json) -> list[Model]:
         alias = require_str(entry["value"])
         title = str(entry.get("displayName") or alias)
         description = str(entry.get("description") or "")
-        full_id = entry.get("resolvedModel")
+        full_id = optional_str(entry.get("resolvedModel"))
+        if full_id is None or not FULL_MODEL_ID.fullmatch(full_id):
+            full_id = ""
         if MODEL_ALIAS.fullmatch(alias):
-            models.append(Model(alias, alias, title, description))
-        if type(full_id) is str and FULL_MODEL_ID.fullmatch(full_id):
-            models.append(Model(full_id, full_id, title, description))
+            models.append(Model(alias, alias, title, description, full_id))
+        if full_id:
+            models.append(Model(full_id, full_id, title, description, full_id))
     return models
 
 
@@ -1411,6 +1416,7 @@ class Output:
 class Request:
     """A parsed request of either endpoint."""
 
+    model: Model
     prompt: Prompt
     decoding: Decoding
     output: Output
@@ -1648,6 +1654,9 @@ def echoed_fields(raw: Json) -> Json:
     for name in echo:
         if raw.get(name) is not None:
             echo[name] = raw[name]
+            row = RESPONSE_PARAMETERS[name]
+            if row.types == INTEGER:
+                echo[name] = int(raw[name])  # it may be written as 64.0
     echo["text"] = {"format": {"type": "text"}, **echo["text"]}
     if echo["text"]["format"] is None:
         echo["text"]["format"] = {"type": "text"}
@@ -1704,7 +1713,8 @@ class RequestParts(NamedTuple):
 
 def build_request(parts: RequestParts, output: Output, context: Context) -> Request:
     """Put a request together. Raises APIError 400."""
-    model = context.models.find(output.model).cli_name
+    chosen_model = context.models.find(output.model)
+    model = chosen_model.cli_name
     tools = parts.tools
     tool_choice = parse_tool_choice(parts.body, tools)
     called_tools = parts.builder.called_tool_names()
@@ -1738,7 +1748,7 @@ def build_request(parts: RequestParts, output: Output, context: Context) -> Requ
         text_tools=frozenset(tools.text_tools),
         stop=parts.stop,
     )
-    return Request(prompt, decoding, output)
+    return Request(chosen_model, prompt, decoding, output)
 
 
 def allows_thinking(
@@ -2095,8 +2105,10 @@ class ConversationBuilder:
             )
             raise call_id.error(problem)
         api_id = api_name(client_id)
+        number = len(self.api_ids)
         while api_id in self.api_ids:  # some clients number their calls in each answer
-            api_id = f"{api_name(client_id)}-{len(self.api_ids)}"
+            api_id = f"{api_name(client_id)}-{number}"
+            number += 1
         self.api_ids.add(api_id)
         use = {"type": "tool_use", "id": api_id, "name": name, "input": arguments}
         if self.open_calls:  # a parallel call
@@ -2162,8 +2174,8 @@ class ConversationBuilder:
             return
         client_id, call = next(iter(self.open_calls.items()))
         message = (
-            f"The tool call '{client_id[:100]}' has no result. Send the result of every "
-            "call, with the id of the call."
+            f"The tool call '{client_id[:100]}' has no result. Send the result of "
+            "every call, with the id of the call."
         )
         raise APIError(400, message, None, call.function.path)
 
@@ -3132,8 +3144,7 @@ class AnswerDecoder:
         text = line.get("result")
         if not text:
             text = self.failure_text
-        reset_time = self.rate_limit.get("resetsAt")
-        wait = reset_time - self.now if reset_time else 0.0
+        wait = self.seconds_to_reset()
         raise upstream_error(
             line.get("terminal_reason"),
             api_status,
@@ -3143,6 +3154,16 @@ class AnswerDecoder:
             self.now,
         )
 
+    def seconds_to_reset(self) -> float:
+        """Until the limit ends that the API has refused the request for; 0 if it is not
+        known, or is not one of the plan's."""
+        reset_time = self.rate_limit.get("resetsAt")
+        if self.rate_limit.get("status") == "allowed":
+            return 0.0
+        if reset_time is None or type(reset_time) not in (int, float):
+            return 0.0
+        return float(reset_time - self.now)
+
     def on_system(self, line: Json) -> None:
         subtype = line.get("subtype")
         if subtype == "init":
@@ -3151,7 +3172,9 @@ class AnswerDecoder:
             self.check_retry(line)
 
     def on_rate_limit(self, line: Json) -> None:
-        self.rate_limit = dict(line["rate_limit_info"])
+        info = line.get("rate_limit_info")
+        if type(info) is dict:
+            self.rate_limit = info
 
     def check_tools(self, cli_tools: list[str]) -> None:
         """Raises APIError 400 if a tool is missing from the CLI's list: the CLI drops a
@@ -3215,8 +3238,9 @@ class AnswerDecoder:
             if block["type"] in ("text", "thinking") and self.open_block.emit:
                 self.open_block.emit(block[block["type"]])
             self.finish_block()
-        if self.answer.finish_reason is None:  # it may have ended at a stop string
-            self.finish_message(message["stop_reason"])
+            if self.answer.finish_reason is not None:  # there was a stop string
+                return
+        self.finish_message(message["stop_reason"])
 
     def start_message(self, message: Json) -> None:
         """A second one means that the connection to the API broke: the CLI repeats the
@@ -3389,6 +3413,9 @@ def compact_json(value: Any) -> str:
 
 def truncated_text(text: str) -> str:
     """The part that arrived of the string in '{"input": "…', whose end is missing."""
+    opening = f'{{"{WRAPPER_KEY}":"'
+    if opening.startswith(re.sub(r"\s", "", text)):
+        return ""  # nothing of the string itself
     start = re.match(rf'\s*{{\s*"{WRAPPER_KEY}"\s*:\s*"', text)
     if start is None:
         return text
@@ -3792,7 +3819,7 @@ class ResponseWriter:
         output = self.request.output
         if output.store:
             previous_id = output.echo["previous_response_id"]
-            items = output.input_items + self.items
+            items = json.dumps(output.input_items + self.items)
             cache.add_response(self.id, StoredResponse(previous_id, items))
 
     # Events.
@@ -4049,8 +4076,11 @@ class Installation:
         self.asking = threading.Lock()
         self.lock = threading.Lock()
         self.binary: CliBinary | None = None
+        self.probe_failure: APIError | None = None  # guarded by `asking`
+        self.next_probe = 0.0  # guarded by `asking`
         self.login: Login | None = None  # None: not known
         self.next_login_check = 0.0
+        self.is_accepted = False  # by the API
         self.is_refused = False  # by the API, since the last check
         self.refusals = 0
         self.running_command: subprocess.Popen[str] | None = None
@@ -4072,9 +4102,25 @@ class Installation:
         with self.asking:
             binary = self.known_binary()
             if binary is None:
-                binary = self.read_version(find_cli(self.chosen_path))
-                with self.lock:
-                    self.binary = binary
+                binary = self.probe()
+        return binary
+
+    def probe(self) -> CliBinary:
+        """Look for the CLI, and ask it for its version. A failure is remembered for a
+        moment, so that many requests do not wait for a CLI that hangs, one after the
+        other. Raises APIError 503."""
+        failure = self.probe_failure
+        if failure is not None and time.monotonic() < self.next_probe:
+            raise failure
+        try:
+            binary = self.read_version(find_cli(self.chosen_path))
+        except APIError as error:
+            self.probe_failure = error
+            self.next_probe = time.monotonic() + PROBE_SECONDS
+            raise
+        self.probe_failure = None
+        with self.lock:
+            self.binary = binary
         return binary
 
     def read_version(self, path: str) -> CliBinary:
@@ -4123,8 +4169,10 @@ class Installation:
     def known_login(self) -> Login:
         """The login as far as it is known. One that the API refused is none."""
         with self.lock:
-            if self.login is None or self.is_refused:
+            if self.is_refused:
                 return Login(is_logged_in=False)
+            if self.login is None:
+                return Login(is_logged_in=self.is_accepted)
             return self.login
 
     def login_key(self) -> tuple[Login, int] | None:
@@ -4150,16 +4198,19 @@ class Installation:
 
     def record_accepted_login(self) -> None:
         """The API accepted the login. (`claude auth status` only knows that there is
-        one.)"""
+        one.) If there was none before, check() asks the CLI what it is."""
         with self.lock:
+            if self.login is not None and not self.login.is_logged_in:
+                self.login = None
+                self.next_login_check = 0.0
+            self.is_accepted = True
             self.is_refused = False
-            if self.login is None or not self.login.is_logged_in:
-                self.login = Login(is_logged_in=True)
 
     def record_refused_login(self) -> None:
         """The API refused the login. This is reported for a while without asking the
         CLI, which would still say that it is logged in."""
         with self.lock:
+            self.is_accepted = False
             self.is_refused = True
             self.refusals += 1
             self.next_login_check = time.monotonic() + LOGIN_REFUSED_SECONDS
@@ -4509,8 +4560,9 @@ class ServerDirectory:
             try:
                 if not self.path or not os.path.isdir(self.path):
                     self.close_lock()
-                    self.path = make_server_directory()
-                    self.lock_descriptor = lock_directory(self.path)
+                    path = make_server_directory()
+                    self.lock_descriptor = lock_directory(path)
+                    self.path = path
                 workdir = os.path.join(self.path, CLI_WORKDIR)
                 os.makedirs(workdir, 0o700, exist_ok=True)
             except OSError:
@@ -4925,6 +4977,8 @@ class ProcessPool:
         with self.lock:
             if not self.refill_is_due or now < self.next_start_at:
                 return
+            if not self.installation.known_login().is_logged_in:
+                return  # it would not answer
             self.refill_is_due = False
             missing = self.spares.count_missing()
             model = self.model
@@ -4987,7 +5041,7 @@ class ProcessPool:
         self.refill_is_due = True
         if now - process.born < STARTUP_SECONDS:
             self.early_deaths += 1
-            pause = min(RESTART_SECONDS, 2.0**self.early_deaths)
+            pause = min(RESTART_SECONDS, 2.0 ** min(self.early_deaths, 10))
             self.next_start_at = now + pause
 
     def stop_all(self, signal_number: int) -> None:
@@ -5194,6 +5248,7 @@ class Generation:
     def start(self, reader: OutputReader) -> None:
         """Start a process for each choice. Raises APIError 503."""
         self.service.refuse_when_stopping()
+        self.service.check_plan(self.request)  # answers before this one have used of it
         binary = self.service.installation.find_binary()
         self.version = binary.version
         self.conversation = state_before_query(self.request.prompt, self.version)
@@ -5225,16 +5280,19 @@ class Generation:
                     events += [(choice.index, event) for event in new_events]
             if process is not None:
                 self.check_process(choice, process, reader)
+        self.note_first_token()
         if events:
-            self.note_progress(events)
+            self.prepare_spares(events)
         return events
 
-    def note_progress(self, events: list[tuple[int, Event]]) -> None:
-        """Measure the time to the first token, have missing spares started, and prepare
-        the next turn as soon as the conversation is known to go on."""
+    def note_first_token(self) -> None:
         if self.first_token_seconds is None:
             if any(answer.has_output for answer in self.answers):
                 self.first_token_seconds = time.monotonic() - self.started_at
+
+    def prepare_spares(self, events: list[tuple[int, Event]]) -> None:
+        """When the answer begins, have the spares that are missing started. Prepare the
+        next turn as soon as there is a reason to."""
         if not self.answer_has_begun:
             self.answer_has_begun = True
             if self.service.conversations.contains(self.conversation):
@@ -5279,6 +5337,7 @@ class Generation:
         elif never_printed and (process.has_ended or is_dead_spare):
             reader.remove(process)
             choice.was_replaced = True
+            choice.process = None
             self.service.pool.retire(process, signal.SIGKILL)
             self.start_process(choice, process.binary, reader, may_be_spare=False)
         elif process.has_ended:
@@ -5317,7 +5376,7 @@ class PlanWindow(NamedTuple):
         """Whether `percent` of it are known to be used, and it has not been reset."""
         if self.used is None or self.resets_at is None:
             return False
-        return self.used * 100 >= percent and self.resets_at > now
+        return round(self.used * 100, 6) >= percent and self.resets_at > now
 
 
 CODEX_WINDOWS = {  # name -> (Codex's name for it, its length in minutes)
@@ -5380,25 +5439,37 @@ class Plan:
             if applies_to(name, model) and window.is_used_up(limit, now):
                 raise plan_limit_error(name, window, limit, now)
 
+    def current_window(self, name: str, now: float) -> PlanWindow | None:
+        """A window whose use is known, and which has not ended. The caller holds
+        `lock`."""
+        window = self.windows.get(name)
+        if window is None or window.used is None:
+            return None
+        if window.resets_at is not None and window.resets_at <= now:
+            return None
+        return window
+
     def used_percentages(self) -> str:
         """For the log: the windows of five hours and of a week, such as "37%/12%";
         empty if neither is known."""
-        with self.lock:
-            windows = [self.windows.get(name) for name in CODEX_WINDOWS]
+        now = time.time()
         texts = []
-        for window in windows:
-            if window is None or window.used is None:
-                texts.append("?")
-            else:
-                texts.append(f"{window.used * 100:.0f}%")
+        with self.lock:
+            for name in CODEX_WINDOWS:
+                window = self.current_window(name, now)
+                if window is None or window.used is None:
+                    texts.append("?")
+                else:
+                    texts.append(f"{window.used * 100:.0f}%")
         return "" if texts == ["?", "?"] else "/".join(texts)
 
     def headers(self) -> dict[str, str]:
         """Response headers from which Codex shows the limits in its /status (0.169)."""
         headers = {}
+        now = time.time()
         with self.lock:
             for name, (codex_name, minutes) in CODEX_WINDOWS.items():
-                window = self.windows.get(name)
+                window = self.current_window(name, now)
                 if window is None or window.used is None:
                     continue
                 prefix = f"x-codex-{codex_name}"
@@ -5613,6 +5684,12 @@ class Service:
         """What parsing a request may refer to."""
         return Context(self.models.get(), self.cache)
 
+    def check_plan(self, request: Request) -> None:
+        """Raises APIError 429 if the plan is used up to --plan-limit."""
+        # Some windows are for one family of models, which an alias may hide.
+        names = f"{request.model.cli_name} {request.model.full_id}"
+        self.plan.check(self.settings.plan_limit, names, time.time())
+
     def refuse_when_stopping(self) -> None:
         if self.is_stopping:
             raise stopping_error()
@@ -5704,7 +5781,10 @@ class Service:
         )
         self.conversations.add(conversation)
         if generation.is_prepared:
-            self.pool.request_spare(conversation, only_extend=True)
+            # A spare that was prepared longer ago has been given up meanwhile.
+            seconds = time.monotonic() - generation.started_at
+            is_recent = seconds < IDLE_CONVERSATION_SECONDS
+            self.pool.request_spare(conversation, only_extend=is_recent)
 
     def close(self, is_busy: Callable[[], bool]) -> None:
         """Stop every process, after a moment for the answers that are being written.
@@ -5950,7 +6030,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.socket.setblocking(False)  # BSD: a client may leave before accept()
         self.service = Service(settings)
         self.allowed_origins = set(re.findall(r"[^\s,]+", settings.allow_origin))
-        self.allowed_hosts = set(re.findall(r"[^\s,]+", settings.allow_host.lower()))
+        hosts = re.findall(r"[^\s,]+", settings.allow_host)
+        self.allowed_hosts = {host_name(host) for host in hosts}
         self.lock = threading.Lock()
         self.busy: set[Handler] = set()
 
@@ -6276,8 +6357,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         writer_class: type[ChatWriter] | type[ResponseWriter],
     ) -> None:
         """Answer a parsed request, streamed or not."""
-        model = request.prompt.model
-        self.service.plan.check(self.server.settings.plan_limit, model, time.time())
+        self.service.check_plan(request)
         generation = Generation(self.service, request, self.client)
         unique_id = os.urandom(12).hex()
         writer = writer_class(request, generation.answers, unique_id, time.time)
@@ -6586,7 +6666,7 @@ ROUTES = {  # the paths are without /v1
 # The names under which containers of Docker and Podman reach their host. No one can
 # register a name in .internal (ICANN, 2024).
 CONTAINER_HOSTS = ("host.docker.internal", "host.containers.internal")
-CONTENT_CODINGS = {"gzip": 31, "x-gzip": 31, "deflate": 47}  # zlib's wbits
+CONTENT_CODINGS = ("gzip", "x-gzip", "deflate")
 
 
 def normalized_path(url: str) -> str:
@@ -6609,16 +6689,30 @@ def format_chunk(data: bytes) -> bytes:
 
 def decompress(data: bytes, coding: str) -> bytes:
     """Undo a content coding. Raises APIError 400 or 413."""
-    decompressor = zlib.decompressobj(CONTENT_CODINGS[coding])
+    result = bytearray()
     try:
-        result = decompressor.decompress(data, MAX_BODY_BYTES + 1)
+        while data:
+            decompressor = zlib.decompressobj(window_bits(data, coding))
+            limit = MAX_BODY_BYTES - len(result) + 1
+            result += decompressor.decompress(data, limit)
+            if len(result) > MAX_BODY_BYTES:
+                raise too_large_error()
+            if not decompressor.eof:
+                raise zlib.error
+            data = decompressor.unused_data  # gzip may have several members (RFC 1952)
     except zlib.error:
         raise APIError(400, f"The request body is not valid {coding}.") from None
-    if len(result) > MAX_BODY_BYTES:
-        raise too_large_error()
-    if not decompressor.eof:
-        raise APIError(400, f"The request body is not valid {coding}.")
-    return result
+    return bytes(result)
+
+
+def window_bits(data: bytes, coding: str) -> int:
+    """The format for zlib.decompressobj(). Some clients send deflate without the header
+    of zlib (RFC 9110, 8.4.1.2), whose first two bytes are a multiple of 31 (RFC
+    1950)."""
+    if coding != "deflate":
+        return 16 + zlib.MAX_WBITS
+    has_header = int.from_bytes(data[:2], "big") % 31 == 0
+    return zlib.MAX_WBITS if has_header else -zlib.MAX_WBITS
 
 
 def forbidden_error(message: str) -> APIError:
@@ -6738,18 +6832,28 @@ def run_checks(settings: Settings) -> int:
     """--check: print a line for each finding, and return the exit code."""
     service = Service(dataclasses.replace(settings, spares=0))
     findings = [Finding("ok", f"Python {sys.version.split()[0]}")]
-    findings += check_installation(service)
-    findings.append(check_port(settings))
-    end = time.monotonic() + MODELS_SECONDS
-    while service.installation.login_key() is not None and time.monotonic() < end:
-        service.manage_processes()
-        if service.models.are_known():
-            findings.append(Finding("ok", models_text(service)))
-            break
-    service.close(no_request)
+    try:
+        findings += check_installation(service)
+        findings.append(check_port(settings))
+        if service.installation.known_login().is_logged_in:
+            findings.append(check_models(service))
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        service.close(no_request)
     for finding in findings:
         print(f"{finding.kind:8} {finding.text}")
     return int(any(finding.kind == "problem" for finding in findings))
+
+
+def check_models(service: Service) -> Finding:
+    """The models that the CLI offers this login. Takes a second: the CLI is asked."""
+    end = time.monotonic() + MODELS_SECONDS
+    while time.monotonic() < end:
+        service.manage_processes()
+        if service.models.are_known():
+            return Finding("ok", models_text(service))
+    return Finding("note", "Claude Code did not say which models this login may use.")
 
 
 def models_text(service: Service) -> str:
