@@ -1047,7 +1047,8 @@ class AnswerCache:
         self.add(self.signed_answers, call_ids, answer, size)
 
     def add_item_text(self, item_id: str, text: str) -> None:
-        self.add(self.item_texts, [item_id], text, sys.getsizeof(text))
+        size = len(text.encode("utf-8", "surrogatepass"))
+        self.add(self.item_texts, [item_id], text, size)
 
     def add_response(self, response_id: str, response: StoredResponse) -> None:
         size = len(response.items)
@@ -4200,7 +4201,7 @@ class Installation:
         """The API accepted the login. (`claude auth status` only knows that there is
         one.) If there was none before, check() asks the CLI what it is."""
         with self.lock:
-            if self.login is not None and not self.login.is_logged_in:
+            if self.login is None or not self.login.is_logged_in:
                 self.login = None
                 self.next_login_check = 0.0
             self.is_accepted = True

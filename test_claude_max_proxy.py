@@ -2154,7 +2154,7 @@ class ParsedRequest:
 
     @property
     def tool_choice(self):
-        return json.loads(self.request.prompt.options.tool_choice or "{}")
+        return self.request.prompt.options.tool_choice
 
     @property
     def thinking(self):
@@ -3101,9 +3101,6 @@ def test_tool_schema_leaves_the_request_alone():
     [
         ({"type": "string"}, "invalid_schema"),
         ({"type": ["string", "null"]}, "invalid_schema"),
-        ({"type": [{}]}, "invalid_schema"),
-        ({"type": []}, "invalid_schema"),
-        ({"type": 5}, "invalid_schema"),
         ("object", "invalid_type"),
         (True, "invalid_type"),
         ([], "invalid_type"),
@@ -3265,6 +3262,10 @@ def test_tool_schema_wrong_members_keep_their_names_and_places():
         {"anyOf": 5},
         {"oneOf": []},
         {"additionalProperties": "false"},
+        {"type": 5},
+        {"type": []},
+        {"type": [{}]},
+        {"type": "any"},
         {"description": 5},
         {"$defs": [], "$id": 5},
     ],
@@ -3581,8 +3582,8 @@ ACCEPTED = {
     "tools[].function.parameters.required": "*",
     "tools[].function.parameters.required[]": "*",
     "tools[].function.parameters.properties": "*",
-    "tools[].function.parameters.type": "n",
-    "response_format.json_schema.schema.type": "n",
+    "tools[].function.parameters.type": "*",
+    "response_format.json_schema.schema.type": "*",
     "tools[].function.parameters.properties.a": "*",
     "tools[].function.parameters.properties.a.type": "*",
     "response_format.json_schema.name": "*",
@@ -4628,7 +4629,7 @@ def test_responses_parameter_unknown_is_ignored():
 def test_responses_parameter_refused(name):
     error = error_of(parse_responses, **{name: responses_value(name)})
     assert (error["status"], error["param"]) == (400, name)
-    assert error["code"] == proxy.RESPONSE_PARAMETERS[name].code
+    assert error["code"] == "unsupported_parameter"
 
 
 @pytest.mark.parametrize(
@@ -4837,7 +4838,8 @@ def cache_of_responses(*responses):
     """A cache of (id, id of the one before, items)."""
     cache = proxy.AnswerCache()
     for response_id, previous_id, items in responses:
-        cache.add_response(response_id, proxy.StoredResponse(previous_id, items))
+        response = proxy.StoredResponse(previous_id, json.dumps(items))
+        cache.add_response(response_id, response)
     return cache
 
 
@@ -4879,7 +4881,7 @@ def test_responses_memory_is_bounded_over_all_tables():
     for number in range(50):
         name = str(number)
         cache.add_item_text(name, "x" * 1000)
-        response = proxy.StoredResponse(None, [user("x" * 1000)])
+        response = proxy.StoredResponse(None, json.dumps([user("x" * 1000)]))
         cache.add_response(name, response)
         blocks = [{**THINKING, "thinking": "x" * 1000}]
         cache.add_signed_answer([name], proxy.SignedAnswer("m", "m", blocks))
@@ -4897,8 +4899,8 @@ def test_responses_memory_is_bounded_in_bytes(letter):
     for number in range(50):
         cache.add_item_text(str(number), letter * 1000)
     assert cache.find_item_text("49") is not None
-    size = sum(len(text.encode()) for text in cache.item_texts.values())
-    assert size <= 10_000
+    size = sum(map(sys.getsizeof, cache.item_texts.values()))  # in memory
+    assert 5_000 < size <= 10_000
 
 
 def test_responses_memory_forgets_one_that_is_too_large_alone():
@@ -6255,8 +6257,16 @@ def test_process_temporary_files_are_removed(server):
         "mock:halves",
         "mock:garbage",
         "mock:bytes=" + b'{"type":"result","result":"\xff"}\n'.hex(),
+        "mock:bytes=" + b'{"type":"rate_limit_event"}\n'.hex(),
     ],
-    ids=["long line", "long stderr", "lines in halves", "garbage", "not UTF-8"],
+    ids=[
+        "long line",
+        "long stderr",
+        "lines in halves",
+        "garbage",
+        "not UTF-8",
+        "limit",
+    ],
 )
 def test_process_noise_is_no_fault(server, words):
     assert server.chat(words).content == "tok0 tok1 tok2 tok3 tok4 "
@@ -6264,7 +6274,6 @@ def test_process_noise_is_no_fault(server, words):
 
 INCOMPLETE_LINE = b'{"type":"stream_ev'.hex()
 STRANGE_REQUEST = b'{"type":"control_request","request":[]}\n'.hex()
-STRANGE_LIMIT = b'{"type":"rate_limit_event"}\n'.hex()
 
 
 @pytest.mark.parametrize(
@@ -6274,7 +6283,6 @@ STRANGE_LIMIT = b'{"type":"rate_limit_event"}\n'.hex()
         (False, "mock:exit=0", 502, "cli_died"),
         (True, f"mock:bytes={INCOMPLETE_LINE} mock:exit=0", 502, "cli_died"),
         (True, f"mock:bytes={STRANGE_REQUEST}", 502, "unexpected_line"),
-        (False, f"mock:bytes={STRANGE_LIMIT}", 502, "unexpected_line"),
         (True, "mock:retry=429", 429, "rate_limit_exceeded"),  # while the CLI waits
     ],
     ids=[
@@ -6282,7 +6290,6 @@ STRANGE_LIMIT = b'{"type":"rate_limit_event"}\n'.hex()
         "exit 0",
         "incomplete line",
         "strange request",
-        "strange limit",
         "retry",
     ],
 )
@@ -6630,7 +6637,7 @@ def test_pool_prepared_spare_does_not_serve_another_conversation(
         ({"reasoning_effort": "none"}, {"CLAUDE_CODE_DISABLE_THINKING": "1"}),
         (
             {"tool_choice": "none"},
-            {"CLAUDE_CODE_EXTRA_BODY": '{"tool_choice":{"type": "none"}}'},
+            {"CLAUDE_CODE_EXTRA_BODY": '{"tool_choice": {"type": "none"}}'},
         ),
     ],
     ids=["max_tokens and effort", "no thinking", "tool_choice"],
