@@ -5426,7 +5426,9 @@ class Plan:
             self.updated_at = now
             is_extra = self.extra_usage
         if has_changed and status != "allowed":
-            log(f"plan: status={status} window={name} used={self.used_percentages()}")
+            log(
+                f"plan: status={status} window={name} used={self.used_percentages(now)}"
+            )
         if is_extra and not was_extra:
             log("plan: extra usage is in use, and is billed")
 
@@ -5450,10 +5452,9 @@ class Plan:
             return None
         return window
 
-    def used_percentages(self) -> str:
+    def used_percentages(self, now: float) -> str:
         """For the log: the windows of five hours and of a week, such as "37%/12%";
         empty if neither is known."""
-        now = time.time()
         texts = []
         with self.lock:
             for name in CODEX_WINDOWS:
@@ -5464,10 +5465,9 @@ class Plan:
                     texts.append(f"{window.used * 100:.0f}%")
         return "" if texts == ["?", "?"] else "/".join(texts)
 
-    def headers(self) -> dict[str, str]:
+    def headers(self, now: float) -> dict[str, str]:
         """Response headers from which Codex shows the limits in its /status (0.169)."""
         headers = {}
-        now = time.time()
         with self.lock:
             for name, (codex_name, minutes) in CODEX_WINDOWS.items():
                 window = self.current_window(name, now)
@@ -6374,7 +6374,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                         writer.record(index, event)
             self.is_answered = True
             writer.remember(self.service.cache)  # before the client can refer to it
-            self.send_json(200, writer.body(), self.service.plan.headers())
+            self.send_json(200, writer.body(), self.service.plan.headers(time.time()))
         finally:
             if self.is_answered:
                 self.service.finish(generation, writer)
@@ -6566,7 +6566,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         }
         if is_chunked:
             headers["Transfer-Encoding"] = "chunked"
-        headers.update(self.service.plan.headers())
+        headers.update(self.service.plan.headers(time.time()))
         return headers
 
     def answer_error(self, error: APIError) -> None:
@@ -6614,7 +6614,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if ignored:
                 names = ",".join(sorted(ascii_only(kind)[:40] for kind in ignored))
                 fields.append(f"ignored={names[:200]}")
-        plan = self.service.plan.used_percentages()
+        plan = self.service.plan.used_percentages(time.time())
         if plan:
             fields.append(f"plan={plan}")
         return fields
