@@ -1775,6 +1775,8 @@ SHORT_TIMES = {
     "TERMINATE_SECONDS": 0.3,
     "DRAIN_SECONDS": 0.1,
     "RATE_LIMIT_EVENT_SECONDS": 0.02,
+    "NEW_SPARE_SECONDS": 0.0,
+    "PROBE_SECONDS": 0.0,
 }
 REAL_LOG = proxy.log  # the fixture log_lines replaces it
 
@@ -2639,14 +2641,14 @@ class LocalServer:
 
     def cli_directory(self):
         """The directory that holds the directories of all processes."""
-        return self.pool.ensure_directory()
+        return self.pool.directory.ensure()
 
     def share_cli_directory(self, other):
         """Use the directory of another server, which removes it."""
-        self.pool.directory = other.cli_directory()
+        self.pool.directory = other.pool.directory
 
     def leave_cli_directory(self):
-        self.pool.directory = ""
+        self.pool.directory = proxy.ServerDirectory()
 
     def replace_cli(self):
         """Have the server believe that the CLI's file was replaced."""
@@ -2693,16 +2695,11 @@ def send_system_prompt(process, text):
     process.send(proxy.SentState("x", proxy.initialize_options(text, [])))
 
 
-def wait_in_queue(waiting):
-    """What a request in a queue behind `waiting` others yields first."""
+def acquires_behind(waiting):
+    """Whether a request in a queue behind `waiting` others gets a place at once."""
     queue = proxy.RequestQueue(1)
-    for _ in range(waiting):
-        queue.waiting.append(object())
-    near, far = socket.socketpair()
-    with near, far:
-        steps = queue.acquire(1, proxy.ClientConnection(near))
-        with contextlib.closing(steps):
-            return next(steps)
+    tickets = [queue.join(1) for _ in range(waiting + 1)]
+    return queue.try_acquire(tickets[-1], 1)
 
 
 def send_chat(connection, text, stream, before=(), model="opus"):
@@ -5899,6 +5896,7 @@ def test_installation_is_found_once_it_is_there(start_server, tmp_path, monkeypa
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(proxy, "CLI_INSTALL_DIRECTORIES", ["~/.local/bin"])
+    monkeypatch.setattr(proxy, "PROBE_SECONDS", 0)
     server = start_server(claude="")
     response = server.chat("hi")
     assert response.status == 503
@@ -5909,7 +5907,9 @@ def test_installation_is_found_once_it_is_there(start_server, tmp_path, monkeypa
     # This file itself as `claude`, as a user may try it.
     text = f'#!/bin/sh\nexec {sys.executable} {__file__} "$@"\n'
     path = write_script(directory / "claude", text)
-    assert server.chat("hi").content == "You said: hi "
+    response = server.chat("hi")
+    assert response.status == 200, response.text
+    assert response.content == "You said: hi "
     assert server.health()["claude"]["path"] == path
 
 
@@ -7441,7 +7441,7 @@ def test_plan_limit_needs_a_window_that_is_known_to_be_used(info):
 def test_plan_of_an_unknown_format_changes_nothing(used):
     plan = plan_of(unifiedWindows={"five_hour": window_of(0.37)})
     plan.record({"unifiedWindows": {"five_hour": window_of(used)}}, 1001)
-    assert plan.used_percentages() == "37%/?"
+    assert plan.used_percentages(1000.0) == "37%/?"
 
 
 def test_plan_of_an_old_cli_tells_one_window():
@@ -7451,9 +7451,9 @@ def test_plan_of_an_old_cli_tells_one_window():
         utilization=0.9,
         resetsAt=2000,
     )
-    assert plan.used_percentages() == "?/90%"
+    assert plan.used_percentages(1000.0) == "?/90%"
     assert stops_at(plan, 90)
-    assert "x-codex-primary-used-percent" not in plan.headers()
+    assert "x-codex-primary-used-percent" not in plan.headers(1000.0)
 
 
 @pytest.mark.parametrize(
@@ -7634,7 +7634,8 @@ def test_queue_client_that_leaves_gives_up_its_place(start_server):
 
 
 def test_queue_takes_some_hundreds():
-    assert wait_in_queue(300) is None
+    assert not acquires_behind(300)
+    assert acquires_behind(0)
 
 
 def test_queue_full_is_429(start_server, monkeypatch):
