@@ -2044,6 +2044,7 @@ class ConversationBuilder:
         self.system: list[str] = []
         self.turns: list[Json] = []
         self.ignored_kinds: set[str] = set()  # of content that was left out
+        self.ignored_call_ids: set[str] = set()  # of calls that were left out
         self.api_ids: set[str] = set()  # of calls
         self.open_calls: dict[str, OpenCall] = {}  # by the client's id
         self.calling_turn: Json = {}  # the assistant turn that holds the open calls
@@ -2198,6 +2199,9 @@ def add_item(builder: ConversationBuilder, item: JsonValue, cache: AnswerCache) 
     row = ITEM_TYPES.get(item_type)
     if row is None:
         builder.ignored_kinds.add(item_type)
+        call_id = item.get("call_id").value
+        if type(call_id) is str:
+            builder.ignored_call_ids.add(call_id)
     elif row.treatment == REFUSED:
         problem = f"'{item_type}' is not supported: {row.reason}."
         raise item.get("type").error(problem, "unsupported_type")
@@ -2232,8 +2236,11 @@ def add_custom_call_item(
 def add_output_item(
     builder: ConversationBuilder, item: JsonValue, cache: AnswerCache
 ) -> None:
+    call_id = item.get("call_id")
+    if call_id.require(str) in builder.ignored_call_ids:
+        return  # Codex answers a local_shell_call with a function_call_output
     blocks = parse_content(item.get("output"), MEDIA_PARTS)
-    builder.add_result(item.get("call_id"), blocks)
+    builder.add_result(call_id, blocks)
 
 
 def add_call_item(
@@ -3787,6 +3794,7 @@ class ResponseWriter:
             "usage": usage,
             **self.request.output.echo,
             "store": self.request.output.store,
+            "access_programs": None,
             "background": False,
             "service_tier": "default",
             "presence_penalty": 0.0,
@@ -4112,7 +4120,7 @@ class Installation:
         other. Raises APIError 503."""
         failure = self.probe_failure
         if failure is not None and time.monotonic() < self.next_probe:
-            raise failure
+            raise APIError(failure.status, failure.message, failure.code)
         try:
             binary = self.read_version(find_cli(self.chosen_path))
         except APIError as error:
@@ -5214,6 +5222,7 @@ class Generation:
         self.conversation = SentState("")
         self.answer_has_begun = False
         self.is_prepared = False
+        self.postponed_error: APIError | None = None
 
     def is_complete(self) -> bool:
         return all(answer.finish_reason is not None for answer in self.answers)
@@ -5269,18 +5278,22 @@ class Generation:
         reader.add(choice.process)
 
     def read_events(self, reader: OutputReader) -> list[tuple[int, Event]]:
-        """The next events. A process that has ended or is silent is replaced, or raises
-        APIError."""
+        """The next batch. A process that ends or is silent is replaced or reported."""
+        if self.postponed_error is not None:
+            raise self.postponed_error
         lines = reader.read()
         events: list[tuple[int, Event]] = []
-        for choice in self.choices:
-            process = choice.process
-            for source, line in lines:
-                if source is process:
+        try:
+            for choice in self.choices:
+                for line in lines_of(choice.process, lines):
                     new_events = choice.decoder.decode(line)
                     events += [(choice.index, event) for event in new_events]
-            if process is not None:
-                self.check_process(choice, process, reader)
+                if choice.process is not None:
+                    self.check_process(choice, choice.process, reader)
+        except APIError as error:
+            if not events:
+                raise
+            self.postponed_error = error  # the client gets what came before it
         self.note_first_token()
         if events:
             self.prepare_spares(events)
@@ -5355,6 +5368,13 @@ class Generation:
             if choice.process is not None:
                 self.service.pool.retire(choice.process, signal.SIGTERM)
                 choice.process = None
+
+
+def lines_of(
+    process: CliProcess | None, lines: list[tuple[CliProcess, Json]]
+) -> list[Json]:
+    """Those of the lines that this process has printed."""
+    return [line for source, line in lines if source is process]
 
 
 def stopping_error() -> APIError:

@@ -2061,6 +2061,10 @@ INPUT_ITEMS = [
 ]
 
 
+# An answer that fails after its beginning was streamed, but not at once.
+FAILS_IN_STREAM = "mock:cut=2 mock:gap_ms=200 mock:else=Other"
+
+
 def mock_texts(*texts):
     """Words for the stand-in CLI: say these pieces of text."""
     return "mock:json=" + json.dumps(texts).replace(" ", "")
@@ -4896,7 +4900,7 @@ def test_responses_memory_is_bounded_in_bytes(letter):
     for number in range(50):
         cache.add_item_text(str(number), letter * 1000)
     assert cache.find_item_text("49") is not None
-    size = sum(map(sys.getsizeof, cache.item_texts.values()))  # in memory
+    size = sum(len(text.encode()) for text in cache.item_texts.values())
     assert 5_000 < size <= 10_000
 
 
@@ -6798,19 +6802,20 @@ def test_pool_dead_spare_is_replaced_at_once(spare_server, monkeypatch):
 
 
 def test_pool_cli_that_dies_at_its_start_is_not_started_for_ever(
-    start_server, tmp_path
+    start_server, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(proxy, "STARTUP_SECONDS", 1000)  # even on a slow machine
     starts = tmp_path / "starts"
     text = f'#!/bin/sh\n[ "$1" = -p ] && echo x >>{starts}\necho 2.1.332\n'
-    server = start_server(spares=2, claude=write_script(tmp_path / "claude", text))
-    server.service.installation.find_binary()
+    server = start_server(spares=1, claude=write_script(tmp_path / "claude", text))
+    server.service.installation.check()
     server.pool.request_refill()
-    wait_until(lambda: server.pool.early_deaths == 2 and not server.has_processes())
+    wait_until(lambda: server.pool.early_deaths == 1 and not server.has_processes())
     for _ in range(3):
         server.wait_for_tick()
-    assert starts.read_text() == "x\n" * 2
-    server.pool.next_start_at = 0.0
-    wait_until(lambda: server.pool.early_deaths == 4)
+    assert starts.read_text() in ("x\n", "x\n" * 2)  # one asked for the models
+    server.pool.next_start_at = 0.0  # the pause is over
+    wait_until(lambda: server.pool.early_deaths >= 2)
 
 
 def test_pool_goes_on_when_a_spare_cannot_be_started(spare_server, monkeypatch):
@@ -7122,7 +7127,7 @@ def test_previous_response_that_was_not_to_be_stored(start_server, stream):
 
 def test_previous_response_of_a_failure_is_not_found(start_server):
     server = start_server()
-    events = server.respond("mock:cut=1 mock:else=Other", stream=True).chunks
+    events = server.respond(FAILS_IN_STREAM, stream=True).chunks
     response = server.respond("b", previous_response_id=events[-1]["response"]["id"])
     assert response.error["code"] == "previous_response_not_found"
 
@@ -7204,7 +7209,7 @@ def test_generation_failure_before_a_response(server, stream):
 
 
 def test_generation_failure_inside_a_stream(server):
-    response = server.chat("mock:cut=1 mock:else=Other", stream=True)
+    response = server.chat(FAILS_IN_STREAM, stream=True)
     assert response.status == 200
     assert not response.done
     assert response.error["code"] == "stream_interrupted"
@@ -7213,7 +7218,7 @@ def test_generation_failure_inside_a_stream(server):
 
 
 def test_generation_failure_inside_a_stream_of_a_response(server):
-    response = server.respond("mock:cut=1 mock:else=Other", stream=True)
+    response = server.respond(FAILS_IN_STREAM, stream=True)
     error, failed = response.chunks[-2:]
     assert response.status == 200
     assert error["error"]["code"] == "stream_interrupted"
