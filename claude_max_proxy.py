@@ -7054,7 +7054,7 @@ const UNKNOWN = "not known yet";
 const main = document.querySelector("main");
 const form = document.querySelector("form");
 let key = sessionStorage.getItem("key");
-let lastTold = "";
+let lastUpdate = "";
 
 function element(tag, attributes, ...children) {
   const isSVG = ["svg", "rect", "line", "text", "title"].includes(tag);
@@ -7093,7 +7093,7 @@ function table(caption, columns, rows) {
     element("tbody", {}, ...body));
 }
 
-function when(seconds, style) {
+function formatTime(seconds, style) {
   return seconds && new Date(1000 * seconds).toLocaleString([], style);
 }
 
@@ -7102,10 +7102,10 @@ function planWindow(name, { used, resets_at, status }, limit, now) {
   const ended = resets_at !== null && resets_at <= now;
   const known = used !== null && !ended;
   const percent = known ? Math.round(100 * used) : 0;
-  const stopped = known && limit > 0 && 100 * used >= limit;
+  const stopped = known && limit > 0 && 100 * used >= limit - 1e-6;
   let text = known ? `${percent}% used` : UNKNOWN;
   if (stopped) text += ", requests are refused";
-  if (resets_at) text += `, reset: ${when(resets_at, MINUTE)}`;
+  if (resets_at) text += `, reset: ${formatTime(resets_at, MINUTE)}`;
   const bar = element("svg", { class: `bar ${stopped ? "rejected" : status}`,
     role: "meter", "aria-label": title, "aria-valuenow": Math.min(percent, 100),
     "aria-valuetext": text });
@@ -7118,11 +7118,11 @@ function planWindow(name, { used, resets_at, status }, limit, now) {
 
 function showPlan(plan, now) {
   const limit = plan.limit_percent;
-  const bars = Object.entries(plan.windows).map(([name, told]) =>
-    planWindow(name, told, limit, now));
+  const bars = Object.entries(plan.windows).map(([name, data]) =>
+    planWindow(name, data, limit, now));
   update("plan", ...bars.flat(), facts({
     "Plan": (plan.tier ?? plan.type)?.replaceAll("_", " "),
-    "Limits as of": when(plan.updated_at, MINUTE),
+    "Limits as of": formatTime(plan.updated_at, MINUTE),
     "Requests stop": limit > 0 ? `at ${limit}% of a limit` : "never",
     "Extra usage": { true: "in use", false: "not in use" }[plan.extra_usage],
   }));
@@ -7152,14 +7152,14 @@ function showTokens(hours, now) {
       element("title", {}, text)));
   }
   for (let start = first; start < now; start += 6 * 3600) {
-    chart.append(element("text", { x: x(start), y: "99%" }, when(start, HOUR)));
+    chart.append(element("text", { x: x(start), y: "99%" }, formatTime(start, HOUR)));
   }
   const legend = models.map((model) => element("div", {},
     element("svg", { class: "swatch", "aria-hidden": "true" },
       element("rect", { width: "100%", height: "100%", fill: colour(model) })),
     `${model}: ${sum("model", model).toLocaleString()} tokens`));
   update("chart", chart, ...legend);
-  const rows = hours.map((row) => ({ ...row, start: when(row.start, MINUTE) }));
+  const rows = hours.map((row) => ({ ...row, start: formatTime(row.start, MINUTE) }));
   update("hours", table("Tokens by hour and model", HOURS, rows));
 }
 
@@ -7169,9 +7169,9 @@ function copyable(text) {
     element("button", attributes, "Copy"));
 }
 
-function show({ version, now, uptime, status, message, ...told }) {
-  const { claude, plan, processes, models, hours, requests } = told;
-  lastTold = when(now, SECOND);
+function show({ version, now, uptime, status, message, ...data }) {
+  const { claude, plan, processes, models, hours, requests } = data;
+  lastUpdate = formatTime(now, SECOND);
   form.hidden = true;
   main.hidden = false;
   main.classList.remove("stale");
@@ -7182,7 +7182,7 @@ function show({ version, now, uptime, status, message, ...told }) {
   showPlan(plan, now);
   update("server", facts({
     "Version": version,
-    "Running since": when(now - uptime, MINUTE),
+    "Running since": formatTime(now - uptime, MINUTE),
     "Claude Code": claude.version && `${claude.version} at ${claude.path}`,
     "Logged in": { true: "yes", false: "no" }[claude.logged_in],
     "Processes": `${processes.running} running (at most ${processes.max_concurrency})` +
@@ -7198,12 +7198,12 @@ function show({ version, now, uptime, status, message, ...told }) {
     return element("p", {}, element("code", {}, id), ` ${text}`);
   }));
   showTokens(hours, now);
-  const rows = requests.map((row) => ({ ...row, time: when(row.time, SECOND) }));
+  const rows = requests.map((row) => ({ ...row, time: formatTime(row.time, SECOND) }));
   update("requests", table("The last 50, newest first", REQUESTS, rows));
 }
 
 function showProblem(text) {
-  const stale = lastTold && ` What you see below is from ${lastTold}.`;
+  const stale = lastUpdate && ` What you see below is from ${lastUpdate}.`;
   update("state", element("p", { class: "error" }, text + stale));
   main.classList.add("stale");
 }
@@ -7211,17 +7211,17 @@ function showProblem(text) {
 async function refresh() {
   const headers = key ? { Authorization: `Bearer ${key}` } : {};
   let response;
-  let told;
+  let data;
   try {
     response = await fetch("status", { headers, signal: AbortSignal.timeout(4000) });
-    told = await response.json();
+    data = await response.json();
   } catch {
     return showProblem("The server does not answer.");
   }
-  if (response.ok) return show(told);
+  if (response.ok) return show(data);
   form.hidden = response.status !== 401;
-  const asked = response.status === 401 && !key;
-  showProblem(asked ? "Enter the server's API key." : told.error.message);
+  const keyIsMissing = response.status === 401 && !key;
+  showProblem(keyIsMissing ? "Enter the server's API key." : data.error.message);
 }
 
 function refreshIfVisible() {
