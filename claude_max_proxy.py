@@ -66,6 +66,7 @@ import ipaddress
 import json
 import math
 import os
+import py_compile
 import re
 import resource
 import selectors
@@ -347,7 +348,7 @@ def log_exception(error: BaseException) -> None:
     prompt text."""
     place = "unknown place"
     for frame in traceback.extract_tb(error.__traceback__):
-        if frame.filename == __file__:
+        if frame.filename == log_exception.__code__.co_filename:  # it is in this file
             place = f"{frame.name}, line {frame.lineno}"
     log(f"internal error: {type(error).__name__} in {place}")
 
@@ -6943,12 +6944,31 @@ def handle_signals(service: Service) -> None:
             signal.signal(signal_number, stop)
 
 
+def restart_from_bytecode() -> None:
+    """Replace this process by one that runs the same code from bytecode.
+
+    While Python runs a script, it keeps the script's syntax tree in memory: 12 MB for
+    this one. The bytecode is kept in the user's cache directory.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    source = os.path.abspath(__file__)
+    name = f"{binascii.crc32(os.fsencode(source)):08x}.{sys.implementation.cache_tag}"
+    path = os.path.join(cache, "claude_max_proxy", f"server-{name}.pyc")
+    try:
+        py_compile.compile(source, cfile=path, doraise=True)
+        os.execv(sys.executable, [sys.executable, path, *sys.argv[1:]])
+    except (OSError, py_compile.PyCompileError):
+        return  # then it goes on as a script
+
+
 def main() -> int:
     if sys.stderr is None:  # the process was started with stderr closed
         sys.stderr = open(os.devnull, "w")
     settings, only_check = parse_options(sys.argv[1:])
     if only_check:
         return run_checks(settings)
+    if __name__ == "__main__" and __file__.endswith(".py"):
+        restart_from_bytecode()
     raise_descriptor_limit()
     try:
         server = Server(settings)

@@ -9148,6 +9148,26 @@ def test_main_old_python_is_told(monkeypatch):
         exec(compile(beginning, "claude_max_proxy.py", "exec"), {})
 
 
+@pytest.mark.parametrize("can_write", [True, False])
+def test_main_runs_from_bytecode_if_it_can_be_written(tmp_path, can_write):
+    cache = tmp_path / "cache"
+    if not can_write:
+        cache.write_text("a file, where a directory is needed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    argv = [sys.executable, proxy.__file__, "--port", str(port), "--claude", STAND_IN]
+    env = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+    process = subprocess.Popen(argv, stderr=subprocess.DEVNULL, env=env)
+    try:
+        wait_until(lambda: can_connect(port))
+        assert health_of(port)["status"] == "ok"
+        assert len(list(cache.glob("*/server-*.pyc"))) == int(can_write)
+    finally:
+        process.terminate()
+        assert process.wait() == 0
+
+
 def test_main_port_in_use():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
