@@ -6300,8 +6300,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def route(self) -> None:
         path = normalized_path(self.path)
-        model_match = re.fullmatch("/models/(.+)", path)
-        route = ROUTES.get("/models/" if model_match else path)
+        if path.startswith(MODEL_PATH):
+            path = MODEL_PATH
+        route = ROUTES.get(path)
         if route is None:
             message = (
                 f"Unknown URL {self.path.split('?')[0][:100]}. "
@@ -6318,8 +6319,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise APIError(405, message, headers={"Allow": allowed})
         if self.command == "OPTIONS":
             self.answer_preflight()
-        elif model_match is not None:
-            self.get_model(model_match[1])
         else:
             route.handler(self)
 
@@ -6359,7 +6358,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         data = [model.to_json() for model in models]
         self.send_json(200, {"object": "list", "data": data})
 
-    def get_model(self, name: str) -> None:
+    def get_model(self) -> None:
+        name = normalized_path(self.path)[len(MODEL_PATH) :]
         model = self.service.context().models.find(name)
         self.send_json(200, {**model.to_json(), "id": name})
 
@@ -6674,6 +6674,7 @@ class Route(NamedTuple):
     handler: Callable[[Handler], None]
 
 
+MODEL_PATH = "/models/"  # the id of a model follows
 READ_METHODS = ("GET", "HEAD", "OPTIONS")
 WRITE_METHODS = ("POST", "OPTIONS")
 ROUTES = {  # the paths are without /v1
@@ -6681,7 +6682,7 @@ ROUTES = {  # the paths are without /v1
     "/status": Route(READ_METHODS, Handler.get_status),
     "/health": Route(READ_METHODS, Handler.get_health),
     "/models": Route(READ_METHODS, Handler.get_models),
-    "/models/": Route(READ_METHODS, Handler.get_models),  # see Handler.get_model()
+    MODEL_PATH: Route(READ_METHODS, Handler.get_model),
     "/chat/completions": Route(WRITE_METHODS, Handler.post_chat),
     "/responses": Route(WRITE_METHODS, Handler.post_response),
 }
