@@ -7710,6 +7710,7 @@ def test_chat_stream_sends_each_token_at_once(server):
 
 # A response, without what is different in each.
 RESPONSE_BODY = {
+    "access_programs": None,
     "object": "response",
     "status": "completed",
     "model": "claude-sonnet-mock",
