@@ -654,13 +654,15 @@ def checked_type(holder: JsonValue, known: Iterable[str], default: str = "") -> 
     member = holder.get("type")
     name: str = default if member.value is None else member.require(str)
     if name not in known:
-        choices = ", ".join(known)
         if not name:
-            raise member.error(f"is missing; use one of: {choices}.")
-        raise member.error(
-            f"is '{name[:50]}'. Supported: {choices}.", "unsupported_type"
-        )
+            raise member.error(f"is missing; use one of: {', '.join(known)}.")
+        raise unsupported_type_error(member, known)
     return name
+
+
+def unsupported_type_error(member: JsonValue, known: Iterable[str]) -> APIError:
+    problem = f"is '{member.value[:50]}'. Supported: {', '.join(known)}."
+    return member.error(problem, "unsupported_type")
 
 
 # ── Tool schemas ─────────────────────────────────────────────────────────────────
@@ -1902,9 +1904,7 @@ def response_functions(
         member = tool.get("type")
         tool_type = tool_type_name(member.require(str))
         if tool_type not in TOOL_TYPES:
-            choices = ", ".join(TOOL_TYPES)
-            problem = f"must be one of {choices}, not '{member.value[:50]}'."
-            raise member.error(problem, "unsupported_type")
+            raise unsupported_type_error(member, TOOL_TYPES)
         if tool_type == "function":
             functions.append((tool, False))
         elif tool_type == "custom":
@@ -5531,11 +5531,15 @@ def applies_to(window_name: str, model: str) -> bool:
     return False
 
 
+def window_title(name: str) -> str:
+    return WINDOW_NAMES.get(name, name.replace("_", " "))
+
+
 def plan_limit_error(
     name: str, window: PlanWindow, limit: float, now: float
 ) -> APIError:
     used = (window.used or 0) * 100
-    window_text = WINDOW_NAMES.get(name, name.replace("_", " "))
+    window_text = window_title(name)
     message = (
         f"{used:.0f}% of the plan's {window_text} limit is used. This server stops at "
         f"{limit:g}%; see --plan-limit."
@@ -5845,20 +5849,14 @@ class Service:
     def health(self) -> tuple[int, Json]:
         """The status and the body of /health."""
         binary, problem = self.check()
-        body: Json = {
-            "status": "error" if problem else "ok",
-            "version": __version__,
-            "uptime": round(time.monotonic() - self.started_at),
-        }
+        body = self.state_json(binary, problem)
         if problem:
             body["message"] = problem
-        body["claude"] = self.cli_json(binary)
         active, waiting = self.queue.counts()
         spares, _ = self.pool.counts()
         body["active"] = active
         body["waiting"] = waiting
         body["spares"] = spares
-        body["plan"] = self.plan_json()
         return (503 if problem else 200), body
 
     def status(self) -> Json:
@@ -5877,16 +5875,22 @@ class Service:
         models = [model.to_json() for model in self.context().models.models]
         return {
             "object": "status",
-            "version": __version__,
-            "now": now,
-            "uptime": round(time.monotonic() - self.started_at),
-            "status": "error" if problem else "ok",
+            **self.state_json(binary, problem),
             "message": problem or None,
-            "claude": self.cli_json(binary),
-            "plan": self.plan_json(),
+            "now": now,
             "processes": processes,
             "models": models,
             **self.history.to_json(now),
+        }
+
+    def state_json(self, binary: CliBinary | None, problem: str) -> Json:
+        """What /health and /status have in common."""
+        return {
+            "status": "error" if problem else "ok",
+            "version": __version__,
+            "uptime": round(time.monotonic() - self.started_at),
+            "claude": self.cli_json(binary),
+            "plan": self.plan_json(),
         }
 
     def cli_json(self, binary: CliBinary | None) -> Json:
@@ -6840,7 +6844,7 @@ def plan_text(plan: Any) -> str:
     texts = []
     for name, window in plan["windows"].items():
         if window["used"] is not None:
-            window_text = WINDOW_NAMES.get(name, name.replace("_", " "))
+            window_text = window_title(name)
             text = f"{window['used']:.0%} of the {window_text} limit used"
             if window["resets_at"] is not None:
                 reset = time.strftime("%a %H:%M", time.localtime(window["resets_at"]))
